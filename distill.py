@@ -8,7 +8,7 @@
 Method: "Random Teachers are Good Teachers", Sarnthein et al., ICML 2023, arXiv 2302.12091. This file, in the order the
 data flows: models, data, student initialisation, loss, the training loop, checkpoints, main.
 """
-import argparse, csv, hashlib, math, os, pickle, signal, sys, time
+import argparse, csv, hashlib, math, os, pickle, signal, sys, time, warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -126,16 +126,15 @@ class Data(NamedTuple):
 DATASETS = ("cifar10", "cifar100", "leaves", "noise")
 
 
-def load_data(name, image_size=32, data_dir="data", mirror=None, n_samples=None):
+def load_data(name, image_size=32, data_dir="data", mirror=None):
     """Load a data set by name, or any folder with train/<class>/* and test/<class>/* (or val/) images, as `Data`.
 
-    `n_samples` keeps a stratified subset of the training images: the same one at every call, whatever the seed.
-    Raises Problem for an unknown name, a folder without train/, a failed download, too many samples.
+    Raises Problem for an unknown name, a folder without train/, a failed download, an unreadable image.
     """
     if name == "leaves":
         data = dead_leaves()
     elif name == "noise":  # the paper's control (Fig. 4): σ=1 after normalisation; 8 bits hold ±4σ in steps of σ/32
-        pixels = np.random.default_rng(0).standard_normal((n_samples or 50_000, 3, image_size, image_size), np.float32)
+        pixels = np.random.default_rng(0).standard_normal((50_000, 3, image_size, image_size), np.float32)
         x, y = torch.from_numpy((pixels * 32 + 128).round().clip(0, 255).astype(np.uint8)), torch.zeros(len(pixels)).long()
         data = Data(x, y, x[:0], y[:0], ["noise"])
     elif name in ("cifar10", "cifar100"):
@@ -147,16 +146,16 @@ def load_data(name, image_size=32, data_dir="data", mirror=None, n_samples=None)
     if data.train_x.shape[-1] != image_size:
         resize = torchvision.transforms.Resize((image_size, image_size), antialias=True)
         data = data._replace(train_x=resize(data.train_x), test_x=resize(data.test_x))
-    if n_samples:
-        keep = stratified_subset(data.train_y, n_samples)
-        data = data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
     return data
 
 
 def stratified_subset(labels, n):
-    """Sorted indices of `n` items, every class in its share of `labels` (n_total,) up to one item."""
+    """Sorted indices of `n` items, each class in its share of `labels` (n_total,) up to one item; always the same ones.
+
+    Raises Problem if n exceeds n_total.
+    """
     if n > len(labels):
-        raise Problem(f"{n:,} samples asked for, but the training set has {len(labels):,}")
+        raise Problem(f"--n-samples {n:,} is more than the {len(labels):,} training images there are")
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     y = labels[shuffled]
     share = torch.empty(len(y))
@@ -296,27 +295,36 @@ def init_student(teacher, draw, eps):
     return draw
 
 
-def kl_divergence(teacher_logits, student_logits):
-    """Mean over the batch of KL(softmax teacher ‖ softmax student), in nats (≥ 0); both (B, m) float32.
+class KLDivergence(torch.autograd.Function):
+    """KL(softmax teacher ‖ softmax student) in nats (≥ 0), mean over the batch, from logits (B, m) in float32; call `.apply`.
 
-    With p the teacher's softmax and d = student − teacher logits, shifted so that Σ p·d = 0, the KL is
-    log(1 + Σ p·(e^d − 1 − d)). No terms cancel: in float32 this is right to 1e-7 of its value and never negative, while
-    log-softmax, whose entries sit near −ln 65536 = −11, is off by several per cent at 5e-7 nats, a usual KL here.
-    Its gradient p_student − p_teacher is as exact, and exactly 0 where the logits agree.
+    The KL here is about 1e-6 nats: two log-softmaxes, whose entries sit near −ln 65536 = −11, would lose most of it to
+    float32 rounding. With p the teacher's softmax and d = student − teacher logits, shifted so that Σ p·d = 0, it is
+    log(1 + s) for s = Σ p·(e^d − 1 − d), a sum of terms ≥ 0 in which nothing cancels. The gradient is p_student − p; that
+    difference, too, has a form without cancellation, and is exactly 0 where the logits agree.
     """
-    p = teacher_logits.softmax(1)
-    d = student_logits - teacher_logits
-    d = d - (p * d).sum(1, keepdim=True)
-    return (p * (d.expm1() - d)).sum(1).log1p().mean()
+    @staticmethod
+    def forward(ctx, teacher_logits, student_logits):
+        p = teacher_logits.softmax(1)
+        d = student_logits - teacher_logits
+        d -= (p * d).sum(1, keepdim=True)
+        growth = d.expm1()  # e^d − 1
+        s = (p * (growth - d)).sum(1, keepdim=True)
+        ctx.save_for_backward(p.mul_(growth.sub_(s)).div_((1 + s) * len(p)))
+        return s.log1p().mean()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None, ctx.saved_tensors[0] * upstream
 
 
 def kl_by_log_softmax(teacher_logits, student_logits):
-    """The same KL as the released code computes it; kept for its rounding noise (README: "The fixed point")."""
+    """The same KL as one usually writes it, by autograd; kept for its rounding noise (README, "The fixed point")."""
     log_p, log_q = teacher_logits.log_softmax(1), student_logits.log_softmax(1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-KL_FORMS = {"centred": kl_divergence, "log-softmax": kl_by_log_softmax}
+KL_FORMS = {"exact": KLDivergence.apply, "log-softmax": kl_by_log_softmax}
 
 
 def distance(parameters, start):
@@ -338,13 +346,22 @@ def train(batch_loss, n, optimizer, scaler, *, steps, batch_size, seed, start=0)
     for step in range(start, steps):
         epoch, i = divmod(step, per_epoch)
         if i == 0 or step == start:
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + (epoch << 32))).to(device)
+            order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n)).to(device)
         loss = batch_loss(order[i * batch_size:(i + 1) * batch_size])  # the last, smaller batch of an epoch is kept
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()  # the scaler does something with fp16 alone: gradients of 1e-9 would round to 0
         scaler.step(optimizer)
         scaler.update()
         yield step + 1, loss.detach()
+
+
+def pick_device(name):
+    """The torch.device for --device auto, cpu or cuda. Raises Problem for cuda where there is none."""
+    torch.backends.cudnn.benchmark = True  # one shape of batch: worth finding its fastest convolution
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32; --amp is the switch for less
+    if name == "cuda" and not torch.cuda.is_available():
+        raise Problem("--device cuda, but torch sees no CUDA device here: use --device cpu")
+    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
 
 
 def pick_amp(amp, device):
@@ -396,7 +413,9 @@ def read_checkpoint(path, device="cpu"):
     if not path.exists():
         raise Problem(f"no checkpoint at {path}: make one with distill.py, or name its run directory")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch thinks of foreign files; ours get a line of their own below
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
         raise Problem(f"{path} is truncated or not a checkpoint: delete it and distil again") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
@@ -442,7 +461,7 @@ def parse_args(argv=None):
     add("--raw-rows", action="store_true", help="do not normalise the last layer's rows, as the released code: KL about 10 times smaller")
     add("--teacher-mode", choices=("eval", "train"), default="eval", help="train: the teacher's batch norm uses each batch's statistics")
     add("--live-teacher", action="store_true", help="run the teacher at every step instead of once; the same result, slower")
-    add("--kl", choices=KL_FORMS, default="centred", help="how the KL is computed; log-softmax rounds as the released code does")
+    add("--kl", choices=KL_FORMS, default="exact", help="how to compute the KL; log-softmax is the usual way, off by several per cent at 1e-6 nats")
     add("--epochs", type=number(int, 1, "--epochs"), default=100, help="passes over the training images")
     add("--steps", type=number(int, 1, "--steps"), help="stop after so many steps, if that is earlier")
     add("--batch-size", type=number(int, 1, "--batch-size"), default=256)
@@ -459,8 +478,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.dataset == "noise" and args.probe_dataset in (None, "noise"):
         parser.error("noise has no labels: name a labelled data set with --probe-dataset, for example leaves")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch sees no CUDA device here")
+    if args.arch.startswith("vgg") and args.image_size < 32:
+        parser.error("VGG halves the image five times: --image-size must be at least 32")
     return args
 
 
@@ -471,9 +490,7 @@ MAY_CHANGE = {"epochs", "steps", "log_every", "eval_every", "out", "resume", "da
 def main(argv=None):
     args = parse_args(argv)
     from probe import evaluate  # here, because probe.py imports this file
-    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
-    torch.backends.cudnn.benchmark = True  # one shape of batch: worth finding its fastest convolution
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32; --amp is the switch for less
+    device = pick_device(args.device)
     args.amp = pick_amp(args.amp, device)
     out = Path(args.out or f"runs/{Path(args.dataset).name}-{args.arch}-eps{args.init_eps:g}-seed{args.seed}")
     config, path = vars(args).copy(), out / "last.pt"
@@ -485,13 +502,19 @@ def main(argv=None):
         for key in config.keys() - MAY_CHANGE:
             if checkpoint["config"].get(key) != config[key]:
                 raise Problem(f"cannot resume {out}: it was run with --{key.replace('_', '-')} {checkpoint['config'].get(key)}, not {config[key]}")
+        if checkpoint["step"] == checkpoint["steps"] and all(config[key] == checkpoint["config"][key] for key in ("steps", "epochs")):
+            print(f"{out}: all {checkpoint['steps']:,} steps are done")
+            return
 
     out.mkdir(parents=True, exist_ok=True)
 
     # Data, teacher, student, and where the student starts
-    data = load_data(args.dataset, args.image_size, args.data_dir, args.mirror, args.n_samples).to(device)
-    probe_data = load_data(args.probe_dataset or args.dataset, args.image_size, args.data_dir, args.mirror).to(device)
-    stats, n = channel_stats(data.train_x), len(data.train_x)
+    load = lambda name: load_data(name, args.image_size, args.data_dir, args.mirror)
+    data = load(args.dataset)
+    probe_data = (load(args.probe_dataset) if args.probe_dataset else data).to(device)
+    subset = stratified_subset(data.train_y, args.n_samples) if args.n_samples else slice(None)
+    all_images = data.train_x[subset].to(device)
+    stats, n = channel_stats(all_images), len(all_images)
     shape = (args.arch, args.out_dim, args.image_size, args.raw_rows)
     teacher = random_network(2 * args.seed, *shape)
     student = init_student(teacher, random_network(2 * args.seed + 1, *shape), args.init_eps)
@@ -520,11 +543,11 @@ def main(argv=None):
     teacher_rows, table = teacher.rows(), None
     if args.teacher_mode == "eval" and not args.live_teacher:
         with torch.no_grad():
-            table = torch.cat([teacher.bottleneck(normalise(x, stats), float32) for x in data.train_x.split(args.batch_size)])
+            table = torch.cat([teacher.bottleneck(normalise(x, stats), float32) for x in all_images.split(args.batch_size)])
 
     def batch_loss(index):
         """index (B,) -> the mean KL of student from teacher; the student's batch norms use the batch's statistics."""
-        images = normalise(data.train_x[index], stats)
+        images = normalise(all_images[index], stats)
         with torch.no_grad():
             target = table[index] if table is not None else teacher.bottleneck(images, float32)
             teacher_logits = target @ teacher_rows.T
@@ -534,7 +557,7 @@ def main(argv=None):
         write_atomically(path, lambda file: torch.save({
             "format": FORMAT, "config": config, "teacher": teacher.state_dict(), "student": student.state_dict(),
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
-            "step": step, "log": log}, file))
+            "step": step, "steps": steps, "log": log}, file))
 
     interrupted = []
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, or a cluster that wants its node back: stop after this step

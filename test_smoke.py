@@ -1,0 +1,545 @@
+"""Does it work? One file of tests, on the CPU and, where there is one, on the GPU: bash run_all.sh test"""
+import copy
+import csv
+import hashlib
+import http.server
+import io
+import json
+import math
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+import distill
+import probe
+from distill import Problem
+
+REPO = Path(__file__).parent
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+SMALL = ["--arch", "resnet20", "--image-size", "16", "--out-dim", "64", "--batch-size", "16", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A folder of 60 + 24 small images of three classes, one brighter than the other, for ImageFolder."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for part, count in (("train", 20), ("test", 8)):
+        for c, name in enumerate(("ant", "bee", "cat")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 100, (16, 16, 3)) + 70 * c
+                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Run in an empty directory, so that runs/ and data/ are made there."""
+    monkeypatch.chdir(tmp_path)
+    for number in (signal.SIGINT, signal.SIGTERM):  # main() takes these over
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+    return tmp_path
+
+
+def cli(script, *args, **options):
+    """Run a script as a user does; the finished process with its stdout and stderr as text."""
+    return subprocess.run([sys.executable, REPO / script, *map(str, args)], capture_output=True, text=True, timeout=300, **options)
+
+
+def run(folder, *args, out="runs/a"):
+    """A small distillation in this process; returns its checkpoint."""
+    distill.main([*SMALL, "--dataset", str(folder), "--out", str(out), *map(str, args)])
+    return distill.read_checkpoint(out)
+
+
+def same(a, b):
+    """Two state dicts equal to the last bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- Models ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arch, count", [
+    ("vgg11", 9_220_480), ("vgg13", 9_404_992), ("vgg16", 14_714_688), ("vgg19", 20_024_384), ("resnet18", 11_168_832),
+    ("resnet34", 21_276_992), ("resnet50", 23_500_352), ("resnet20", 271_824), ("resnet56", 855_120)])  # Table 5
+def test_parameter_count_and_embedding_width(arch, count):
+    build, r = distill.ARCHS[arch]
+    encoder = build(32)
+    assert sum(p.numel() for p in encoder.parameters()) == count
+    assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, r)
+
+
+def test_every_arch_is_tested():
+    assert len(distill.ARCHS) == 9  # a new one wants its count above
+
+
+@pytest.mark.parametrize("arch", ["vgg11", "resnet18"])
+def test_encoder_weights_load_into_torchvisions_own_model(arch):
+    encoder = distill.random_network(0, arch, 4).encoder
+    theirs = torchvision.models.get_model(arch)
+    if arch == "resnet18":
+        theirs.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    result = theirs.load_state_dict(encoder.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    assert {key.split(".")[0] for key in result.missing_keys} == {"classifier" if arch == "vgg11" else "fc"}
+
+
+def test_initialisation():
+    network = distill.random_network(0, "resnet18", 512)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            fan_out = module.out_channels * module.kernel_size[0] ** 2
+            assert module.weight.var().item() == pytest.approx(2 / fan_out, rel=0.1)
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            assert module.momentum == 0.1 and (module.weight == 1).all() and (module.bias == 0).all()
+            assert (module.running_mean == 0).all() and (module.running_var == 1).all()
+        elif isinstance(module, torch.nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.02)
+            assert module.bias is None or (module.bias == 0).all()
+    assert all((m.bias == 0).all() for m in distill.random_network(0, "vgg11", 4).encoder.modules() if isinstance(m, torch.nn.Conv2d))
+    assert same(network.state_dict(), distill.random_network(0, "resnet18", 512).state_dict())
+    assert not torch.equal(network.last.weight, distill.random_network(1, "resnet18", 512).last.weight)
+
+
+def test_logits_are_cosines_and_raw_rows_shrink_them():
+    images = torch.randn(8, 3, 16, 16)
+    autocast, _ = distill.amp_tools("off", torch.device("cpu"))
+    network, raw = (distill.random_network(0, "resnet20", 4096, 16, raw_rows) for raw_rows in (False, True))
+    z = network.bottleneck(images, autocast)
+    assert torch.allclose(z.norm(dim=1), torch.ones(8)) and torch.allclose(network.rows().norm(dim=1), torch.ones(4096))
+    ratio = (z @ raw.rows().T).std() / (z @ network.rows().T).std()
+    assert ratio.item() == pytest.approx(0.02 * math.sqrt(256), rel=0.02)
+
+
+def test_only_the_encoder_is_autocast():
+    network = distill.random_network(0, "resnet20", 8, 16)
+    seen = {}
+    network.encoder.register_forward_hook(lambda module, args, out: seen.update(encoder=out.dtype))
+    network.mlp[0].register_forward_hook(lambda module, args, out: seen.update(mlp=out.dtype))
+    network.bottleneck(torch.randn(2, 3, 16, 16), distill.amp_tools("bf16", torch.device("cpu"))[0])
+    assert seen == {"encoder": torch.bfloat16, "mlp": torch.float32}
+
+
+# ---- Student initialisation and loss ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.6, 1.0])
+def test_init_eps_is_the_papers_alpha(alpha):
+    eps = alpha / (1 - alpha) if alpha < 1 else math.inf
+    teacher, draw = (distill.random_network(seed, "resnet20", 64) for seed in (0, 1))
+    theta = {name: p.clone() for name, p in draw.named_parameters()}
+    student = distill.init_student(teacher, draw, eps)
+    for (name, p), q in zip(student.named_parameters(), teacher.parameters()):
+        expected = ((1 - alpha) * q + alpha * theta[name]) / math.sqrt(alpha**2 + (1 - alpha) ** 2)
+        assert torch.allclose(p, expected, atol=1e-6), name
+        if p.dim() == 4:  # the mixture keeps the variance of the weights
+            assert p.var().item() == pytest.approx(q.var().item(), rel=0.15)
+    assert alpha > 0 or same(student.state_dict(), teacher.state_dict())
+
+
+def logit_pair(difference, m=4096, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    teacher = torch.randn(32, m, generator=generator) / 16
+    return teacher, teacher + difference * torch.randn(32, m, generator=generator)
+
+
+@pytest.mark.parametrize("difference", [1e-6, 1e-3, 1.0])
+def test_kl_and_its_gradient_against_float64_autograd(difference):
+    teacher, student = logit_pair(difference)
+    exact = student.double().requires_grad_()
+    kl64 = F.kl_div(exact.log_softmax(1), teacher.double().log_softmax(1), reduction="batchmean", log_target=True)
+    kl64.backward()
+    student.requires_grad_()
+    kl = distill.KLDivergence.apply(teacher, student)
+    kl.backward()
+    assert kl.item() == pytest.approx(kl64.item(), rel=1e-4)
+    assert (student.grad - exact.grad).norm() < 1e-4 * exact.grad.norm()
+    other = distill.kl_by_log_softmax(teacher, student)
+    assert other.item() == pytest.approx(kl64.item(), rel=1e-3, abs=2e-7)  # float32 log-softmax knows no more
+
+
+def test_kl_is_never_negative_and_zero_for_equal_logits():
+    for seed in range(20):
+        assert distill.KLDivergence.apply(*logit_pair(1e-7, m=64, seed=seed)) >= 0
+    teacher, _ = logit_pair(0)
+    student = teacher.clone().requires_grad_()
+    kl = distill.KLDivergence.apply(teacher, student)
+    kl.backward()
+    assert kl.item() == 0 and (student.grad == 0).all()
+
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
+
+def test_leaves_are_the_same_bytes_everywhere():
+    data = distill.dead_leaves()
+    assert data.train_x.shape == (10_000, 3, 32, 32) and data.test_x.shape == (2_000, 3, 32, 32)
+    assert data.train_y.bincount().tolist() == [1000] * 10 and data.test_y.bincount().tolist() == [200] * 10
+    digest = hashlib.sha256(data.train_x.numpy().tobytes() + data.test_x.numpy().tobytes()).hexdigest()
+    assert digest == "84d544684eb583622afb08c3e42e78f5342c28fddf489590bec417233c769dba"
+
+
+def test_channel_stats_and_normalise():
+    images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
+    x = distill.normalise(images, distill.channel_stats(images))
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(x.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5)
+
+
+def test_noise_is_gaussian_after_normalisation():
+    images = distill.load_data("noise", image_size=8).train_x
+    x = distill.normalise(images, distill.channel_stats(images))
+    assert len(images) == 50_000
+    assert (x.abs() < 1).float().mean().item() == pytest.approx(0.6827, abs=0.02)  # levels are σ/32 wide
+    assert (x**4).mean().item() == pytest.approx(3, abs=0.05)
+
+
+def test_stratified_subset_keeps_every_class_in_its_share():
+    labels = torch.tensor([0] * 600 + [1] * 300 + [2] * 100)
+    keep = distill.stratified_subset(labels, 100)
+    assert labels[keep].bincount().tolist() == [60, 30, 10] and len(keep.unique()) == 100
+    assert torch.equal(keep, distill.stratified_subset(labels, 100))
+    with pytest.raises(Problem, match="1,000 training images"):
+        distill.stratified_subset(labels, 1001)
+
+
+def test_image_folder_is_decoded_once(folder, here, capsys):
+    first = distill.load_data(str(folder), 16)
+    assert "decoding 84 images" in capsys.readouterr().out
+    assert first.classes == ["ant", "bee", "cat"] and first.train_y.bincount().tolist() == [20] * 3
+    pixels = np.asarray(Image.open(folder / "train" / "bee" / "0.png")).transpose(2, 0, 1)
+    assert (first.train_x.numpy() == pixels).all((1, 2, 3)).any()
+    second = distill.load_data(str(folder), 16)
+    assert capsys.readouterr().out == "" and torch.equal(first.train_x, second.train_x)
+    assert distill.load_data(str(folder), 8).test_x.shape == (24, 3, 8, 8)  # another size is another cache
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A web server on this machine with a miniature CIFAR10 archive, and the MD5 sums that torchvision shall expect of it."""
+    Set, files, md5 = torchvision.datasets.CIFAR10, {}, lambda content: hashlib.md5(content).hexdigest()
+    rng = np.random.default_rng(0)
+    for name in ("train", "test"):
+        files[name] = pickle.dumps({"data": rng.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": list(range(10)) * 2})
+    files["meta"] = pickle.dumps({"label_names": list("abcdefghij")})
+    (tmp_path / "www").mkdir()
+    with tarfile.open(tmp_path / "www" / Set.filename, "w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"{Set.base_folder}/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    monkeypatch.setattr(Set, "url", "http://127.0.0.1:9/nothing")  # the discard port: refused at once
+    monkeypatch.setattr(Set, "train_list", [["train", md5(files["train"])]])
+    monkeypatch.setattr(Set, "test_list", [["test", md5(files["test"])]])
+    monkeypatch.setattr(Set, "meta", {"filename": "meta", "key": "label_names", "md5": md5(files["meta"])})
+    monkeypatch.setattr(Set, "tgz_md5", md5((tmp_path / "www" / Set.filename).read_bytes()))
+    handler = lambda *args: http.server.SimpleHTTPRequestHandler(*args, directory=tmp_path / "www")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+def test_cifar_comes_from_a_mirror_but_the_md5_check_stays(mirror, here, monkeypatch, capsys):
+    data = distill.load_data("cifar10", mirror=mirror)
+    assert "can be slow" in capsys.readouterr().out
+    assert data.train_x.shape == (20, 3, 32, 32) and data.train_x.dtype == torch.uint8 and data.classes == list("abcdefghij")
+    shutil.rmtree("data")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", "0" * 32)
+    with pytest.raises(Problem, match="corrupted"):
+        distill.load_data("cifar10", mirror=mirror)
+
+
+def test_failed_download_names_the_ways_out(mirror, here):
+    for url in (None, mirror + "nowhere"):
+        with pytest.raises(Problem, match=r"--dataset leaves.*folder.*--mirror"):
+            distill.load_data("cifar10", mirror=url)
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_training_lowers_the_kl_and_leaves_the_teacher_alone(folder, here, device, amp):
+    checkpoint = run(folder, "--steps", 40, "--log-every", 4, "--amp", amp, "--device", device, "--init-eps", "inf")
+    fresh = distill.random_network(0, "resnet20", 64, 16)
+    assert same({k: v.cpu() for k, v in checkpoint["teacher"].items()}, fresh.state_dict())
+    kls = [row["kl"] for row in checkpoint["log"][1:]]
+    assert min(kls) > 0 and kls[-1] < kls[0] / 3
+    with open("runs/a/log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(0, 41, 4)) and float(rows[-1]["kl"]) == kls[-1]
+    assert float(rows[-1]["distance"]) > 0 and rows[0]["knn"] and rows[-1]["knn"] and not rows[3]["knn"] == rows[-1]["knn"] == ""
+
+
+def test_at_eps_0_without_batch_norm_the_student_stays_exactly_put(folder, here):
+    common = ["--arch", "vgg11", "--image-size", "32", "--amp", "off", "--live-teacher", "--steps", 3, "--log-every", 1]
+    still = run(folder, *common)
+    assert [row["kl"] for row in still["log"]] == [0] * 4 and still["log"][-1]["distance"] == 0
+    assert same(still["student"], still["teacher"])
+    pushed = run(folder, *common, "--kl", "log-softmax", out="runs/b")
+    assert pushed["log"][-1]["distance"] > 0
+
+
+def test_teacher_table_equals_a_live_teacher(folder, here):
+    table, live = (run(folder, "--steps", 4, "--amp", "off", *extra, out=f"runs/{len(extra)}") for extra in ([], ["--live-teacher"]))
+    for k in table["student"]:  # 60 images in batches of 16: the table's last batch is smaller, so it may round otherwise
+        assert torch.allclose(table["student"][k].float(), live["student"][k].float(), atol=2e-4), k
+
+
+def test_teacher_in_train_mode_uses_batch_statistics(folder, here):
+    checkpoint = run(folder, "--steps", 4, "--teacher-mode", "train", "--amp", "off", "--log-every", 1)
+    assert checkpoint["teacher"]["encoder.1.num_batches_tracked"] == 4
+    assert checkpoint["log"][1]["kl"] < 1e-12  # at ε=0 teacher and student now see the same statistics: KL ≈ 0
+    eval_mode = run(folder, "--steps", 4, "--amp", "off", "--log-every", 1, out="runs/b")
+    assert eval_mode["log"][1]["kl"] > 1e-7
+
+
+def test_resume_is_bit_identical(folder, here):
+    whole = run(folder, "--steps", 7, "--log-every", 1, "--eval-every", 7)
+    run(folder, "--steps", 3, "--eval-every", 3, out="runs/b")
+    resumed = run(folder, "--steps", 7, "--log-every", 1, "--eval-every", 7, "--resume", out="runs/b")
+    assert same(whole["student"], resumed["student"]) and resumed["step"] == 7
+    for mine, theirs in zip(whole["optimizer"]["state"].values(), resumed["optimizer"]["state"].values()):
+        assert same(mine, theirs)
+    assert whole["log"][-1]["kl"] == resumed["log"][-1]["kl"] and whole["log"][-1]["knn"] == resumed["log"][-1]["knn"]
+
+
+def test_a_finished_run_is_left_alone(folder, here, capsys):
+    run(folder, "--steps", 2)
+    before = Path("runs/a/last.pt").read_bytes()
+    run(folder, "--steps", 2, "--resume")
+    assert "all 2 steps are done" in capsys.readouterr().out and Path("runs/a/last.pt").read_bytes() == before
+
+
+def test_the_order_of_the_data_depends_on_seed_and_epoch_alone():
+    def order(start, seed=0):
+        seen, weight = [], torch.nn.Parameter(torch.zeros(1))
+        loss = lambda index: seen.append(index.tolist()) or weight.sum()
+        scaler = distill.amp_tools("off", torch.device("cpu"))[1]
+        steps = distill.train(loss, 10, torch.optim.SGD([weight], 0.1), scaler, steps=6, batch_size=4, seed=seed, start=start)
+        assert [step for step, _ in steps] == list(range(start + 1, 7))
+        return seen
+    whole = order(0)
+    assert [len(batch) for batch in whole] == [4, 4, 2, 4, 4, 2]  # the last partial batch is kept
+    assert sorted(sum(whole[:3], [])) == sorted(sum(whole[3:], [])) == list(range(10)) and whole[:3] != whole[3:]
+    assert order(4) == whole[4:] and order(0, seed=1) != whole
+
+
+def test_sigterm_saves_and_resume_goes_on_to_the_same_result(folder, tmp_path):
+    command = [*SMALL, "--dataset", folder, "--log-every", 1, "--eval-every", 1000, "--amp", "off"]
+    process = subprocess.Popen([sys.executable, REPO / "distill.py", *map(str, command), "--out", "a", "--steps", "1000"],
+                               cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if re.match(r" +3 ", line):
+            process.send_signal(signal.SIGTERM)
+            break
+    assert "--resume goes on" in process.stdout.read() and process.wait() == 128 + signal.SIGTERM
+    stopped = distill.read_checkpoint(tmp_path / "a")["step"]
+    assert 3 <= stopped < 1000
+    for out in ("a", "b"):
+        done = cli("distill.py", *command, "--out", out, "--steps", stopped + 2, "--resume", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    a, b = (distill.read_checkpoint(tmp_path / out) for out in "ab")
+    assert a["step"] == stopped + 2 and same(a["student"], b["student"])
+
+
+def test_load_checkpoint(folder, here):
+    checkpoint = run(folder, "--steps", 2)
+    for path in ("runs/a", "runs/a/last.pt"):
+        teacher, student, config = distill.load_checkpoint(path)
+        assert config["arch"] == "resnet20" and config["init_eps"] == 0
+        assert not (teacher.training or student.training or any(p.requires_grad for p in student.parameters()))
+        assert torch.equal(student[0].weight, checkpoint["student"]["encoder.0.weight"])
+        assert torch.equal(teacher[0].weight, checkpoint["teacher"]["encoder.0.weight"])
+        assert student(torch.randn(2, 3, 16, 16)).shape == (2, 64)
+
+
+# ---- Probes ----------------------------------------------------------------------------------------------------------
+
+def clusters(n, r=8, n_classes=3, spread=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(n_classes, r, generator=torch.Generator().manual_seed(99)) * 3
+    y = torch.arange(n) % n_classes
+    return centres[y] + spread * torch.randn(n, r, generator=generator), y
+
+
+def test_probes_on_separable_and_on_random_labels():
+    train, test = clusters(9000), clusters(300, seed=1)
+    for score in (probe.linear_probe_paper(train, test, 3)[1], probe.linear_probe_converged(train, test, 3), probe.knn_probe(train, test, 3)):
+        assert score > 95
+    y = torch.randint(3, (9000,), generator=torch.Generator().manual_seed(2))
+    for score in (probe.linear_probe_paper((train[0], y), test, 3)[1], probe.linear_probe_converged((train[0], y), test, 3)):
+        assert score < 60
+
+
+def test_logistic_regression_is_at_the_minimum():
+    x, y = clusters(400, r=12, spread=4.0)
+    x = x @ torch.diag(torch.logspace(-2, 2, 12))  # badly conditioned on purpose
+    weight, bias = (t.double().requires_grad_() for t in probe.logistic_regression(x, y, 3, l2=1e-3))
+    loss = F.cross_entropy(x.double() @ weight + bias, y) + 1e-3 / 2 * weight.square().sum()
+    loss.backward()
+    curvature = 0.5 * x.double().square().mean(0)[:, None] + 1e-3
+    assert (weight.grad / curvature.sqrt()).abs().max() < 1e-4 and bias.grad.abs().max() < 1e-4
+
+
+def test_knn_against_brute_force_and_its_ties():
+    train, test = clusters(200, spread=6.0), clusters(70, spread=6.0, seed=1)
+    correct = 0
+    for query, label in zip(*test):
+        nearest = (train[0] - query).norm(dim=1).argsort()[:20]
+        votes = np.bincount(train[1][nearest].numpy(), minlength=3)
+        correct += int(votes.argmax() == label)
+    assert probe.knn_probe(train, test, 3) == pytest.approx(100 * correct / 70)
+    x, y = torch.tensor([[0.0], [1.0], [10.0], [11.0]]), torch.tensor([2, 1, 0, 0])
+    assert probe.knn_probe((x, y), (torch.tensor([[0.4]]), torch.tensor([1])), 3, k=2) == 100  # 1 and 2 tie: the lower wins
+
+
+def test_paper_probe_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    first = probe.linear_probe_paper(clusters(300), clusters(100, seed=1), 3)
+    assert torch.equal(state, torch.get_rng_state()) and first == probe.linear_probe_paper(clusters(300), clusters(100, seed=1), 3)
+
+
+def test_probing_leaves_the_student_in_train_mode(folder):
+    encoder = distill.random_network(0, "resnet20", 8, 16).encoder.train()
+    before = copy.deepcopy(encoder.state_dict())
+    scores = probe.evaluate(encoder, distill.load_data(str(folder), 16, data_dir=folder / "cache"))
+    assert encoder.training and same(before, encoder.state_dict())
+    assert set(scores) == {"linear_paper", "linear_paper_last", "linear_converged", "knn"} and all(0 <= s <= 100 for s in scores.values())
+
+
+def test_probe_table_json_and_figure(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    for seed in (0, 1):
+        done = cli("distill.py", *SMALL, "--dataset", folder, "--steps", 4, "--seed", seed, "--out", f"runs/s-seed{seed}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    done = cli("probe.py", "runs/s-seed0", "runs/s-seed1", "--json", "out/summary.json", "--figure", "out/f.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"teacher resnet20 \(2 seeds\) .* ± ", done.stdout) and re.search(r"student s \(2 seeds\) .* ± .*\([+-]", done.stdout)
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert set(summary) == {"raw", "teacher", "students"} and set(summary["students"]) == {"s-seed0", "s-seed1"}
+    with open(tmp_path / "runs/s-seed1/log.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    for name in ("linear_paper", "linear_converged", "knn"):  # the run's own last probe, computed anew from the checkpoint
+        assert summary["students"]["s-seed1"][name] == pytest.approx(float(last[name]), abs=1e-3)
+    assert json.loads((tmp_path / f"runs/s-seed0/probe-{folder.name}.json").read_text())["raw"]["knn"] == pytest.approx(summary["raw"]["knn"], abs=1e-3)
+    assert Image.open(tmp_path / "out/f.png").size[0] > 1000
+
+
+# ---- The command line ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script", ["distill.py", "probe.py"])
+def test_help(script):
+    done = cli(script, "--help")
+    assert done.returncode == 0 and "usage" in done.stdout
+    assert script != "distill.py" or "α = ε/(1+ε)" in re.sub(r"\s+", " ", done.stdout)
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--arch", "resnet19"], "resnet18"), (["--init-eps", "-1"], "at least 0"), (["--init-eps", "nan"], "at least 0"),
+    (["--steps", "0"], "at least 1"), (["--lr", "fast"], "--lr"), (["--dataset", "noise"], "--probe-dataset"), (["--colour"], "--colour"),
+    (["--arch", "vgg11", "--image-size", "16"], "at least 32")])
+def test_usage_errors_exit_2(args, says):
+    done = cli("distill.py", *args)
+    assert done.returncode == 2 and says in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def one_line(done, *says):
+    """The process ended with exit status 1 and one line on stderr that says all of `says`."""
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert all(text in done.stderr for text in says), done.stderr
+
+
+def problem(main, *args, says):
+    """The same in this process: `main` raises a Problem of one line that says all of `says`."""
+    with pytest.raises(Problem) as caught:
+        main(list(map(str, args)))
+    assert "\n" not in str(caught.value) and all(text in str(caught.value) for text in says), caught.value
+
+
+def test_unknown_data_set_and_bad_folders(folder, here):
+    one_line(cli("distill.py", "--dataset", "cifar11"), "cifar11", "cifar10", "leaves")
+    Path("empty").mkdir()
+    problem(distill.main, "--dataset", "empty", says=["train/"])
+    shutil.copytree(folder, "broken")
+    Path("broken/train/ant/0.png").write_bytes(b"no image")
+    problem(distill.main, "--dataset", "broken", says=["0.png"])
+    problem(distill.main, *SMALL, "--dataset", folder, "--n-samples", 61, says=["60 training images"])
+    problem(probe.main, "--teacher", "resnet20", "--dataset", "noise", says=["no labels"])
+
+
+def test_bad_checkpoints(folder, here):
+    run(folder, "--steps", 1)
+    good = Path("runs/a/last.pt").read_bytes()
+    Path("runs/a/last.pt").write_bytes(good[:len(good) // 2])
+    one_line(cli("probe.py", "runs/a"), "truncated")
+    problem(distill.main, *SMALL, "--dataset", folder, "--out", "runs/a", "--resume", says=["truncated"])
+    assert Path("runs/a/last.pt").stat().st_size == len(good) // 2  # nothing was overwritten
+    torch.save({"weights": torch.zeros(3)}, "foreign.pt")
+    problem(probe.main, "foreign.pt", says=["not a checkpoint of distill.py"])
+    Path("evil.pt").write_bytes(pickle.dumps(print))  # a pickle that names code: refused, not run
+    one_line(cli("probe.py", "evil.pt"), "not a checkpoint")
+    problem(probe.main, "runs/nowhere", says=["no checkpoint"])
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_as_another(folder, here):
+    run(folder, "--steps", 1)
+    before = Path("runs/a/last.pt").read_bytes()
+    command = [*SMALL, "--dataset", folder, "--out", "runs/a", "--steps", 2]
+    one_line(cli("distill.py", *command), "--resume")
+    problem(distill.main, *command, "--resume", "--arch", "resnet56", says=["--arch resnet20, not resnet56"])
+    problem(distill.main, *command, "--resume", "--lr", 0.1, says=["--lr 0.001, not 0.1"])
+    assert Path("runs/a/last.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(folder, here):
+    checkpoint = run(folder, "--steps", 2)
+    checkpoint["student"]["mlp.0.weight"][0, 0] = math.nan
+    torch.save(checkpoint, "runs/a/last.pt")
+    before = Path("runs/a/last.pt").read_bytes()
+    one_line(cli("distill.py", *SMALL, "--dataset", folder, "--out", "runs/a", "--steps", 9, "--resume"), "nan at step 3", "--lr")
+    assert Path("runs/a/last.pt").read_bytes() == before
+
+
+def test_a_full_disk_ends_in_one_line_and_loses_nothing(folder, here):
+    run(folder, "--steps", 1, "--eval-every", 1)
+    before = Path("runs/a/last.pt").read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    one_line(cli("distill.py", *SMALL, "--dataset", folder, "--out", "runs/a", "--steps", 2, "--resume", preexec_fn=limit), "last.pt", "disk")
+    assert Path("runs/a/last.pt").read_bytes() == before and sorted(os.listdir("runs/a")) == ["last.pt", "log.csv"]
+
+
+def test_quick_as_a_user_runs_it(tmp_path):
+    for name in ("distill.py", "probe.py", "run_all.sh", "requirements.txt"):
+        shutil.copy(REPO / name, tmp_path)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    quick = lambda: subprocess.run(["bash", "run_all.sh", "quick", "--steps", "4", "--eval-every", "2", "--n-samples", "200",
+                                    "--image-size", "8"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    done = quick()
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs/quick/summary.json").read_text())
+    assert set(summary) == {"raw", "teacher", "students"} and set(summary["students"]) == {"eps0", "epsinf", "noise"}
+    for scores in (summary["raw"], summary["teacher"], *summary["students"].values()):
+        assert set(scores) == {"linear_paper", "linear_converged", "knn"} and all(0 < s < 100 for s in scores.values())
+    assert (tmp_path / "figures/quick.png").stat().st_size > 10_000 and not (tmp_path / ".venv").exists()
+    table = done.stdout[done.stdout.index("accuracy in %"):]
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/quick/**/*") if p.is_file()}
+    again = quick()
+    assert again.returncode == 0 and again.stdout.count("all 4 steps are done") == 3 and again.stdout.endswith(table)
+    assert stamps == {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/quick/**/*") if p.is_file()}
+    assert subprocess.run(["bash", "run_all.sh", "quik"], cwd=tmp_path, env=environment, capture_output=True).returncode == 2
