@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision import transforms
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 from torchvision.models.vgg import cfgs as VGG_PLANS, make_layers as vgg_layers
 
@@ -96,9 +97,13 @@ class Network(nn.Module):
         return self.last.weight if self.raw_rows else F.normalize(self.last.weight, dim=1)
 
 
+SHAPE = ("arch", "out_dim", "image_size", "raw_rows")  # the settings that shape a Network, in its order
+
+
 def random_network(seed, arch, out_dim, image_size=32, raw_rows=False):
     """A freshly initialised Network, on the CPU; the same `seed` gives the same weights."""
-    network, generator = Network(arch, out_dim, image_size, raw_rows), torch.Generator().manual_seed(seed)
+    network = Network(arch, out_dim, image_size, raw_rows)
+    generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
@@ -144,7 +149,7 @@ def load_data(name, image_size=32, data_dir="data", mirror=None):
     else:
         raise Problem(f"no data set or folder called '{name}'; there are {', '.join(DATASETS)}, or any folder of images")
     if data.train_x.shape[-1] != image_size:
-        resize = torchvision.transforms.Resize((image_size, image_size), antialias=True)
+        resize = transforms.Resize((image_size, image_size), antialias=True)
         data = data._replace(train_x=resize(data.train_x), test_x=resize(data.test_x))
     return data
 
@@ -166,17 +171,17 @@ def stratified_subset(labels, n):
 
 def cifar(name, data_dir, mirror):
     """CIFAR10/100 by torchvision's downloader, which checks the MD5 sum wherever the file comes from."""
-    Set = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     if mirror:
-        Set.url = f"{mirror.rstrip('/')}/{Set.filename}"
-    if not (Path(data_dir) / Set.base_folder).exists():
-        print(f"downloading {Set.url} (170 MB) to {data_dir}/; the original host can be slow: 55 kB/s, an hour, was seen in "
-              f"2026. A mirror: --mirror URL; no download: --dataset leaves", flush=True)
+        source.url = f"{mirror.rstrip('/')}/{source.filename}"
+    if not (Path(data_dir) / source.base_folder).exists():
+        print(f"downloading {source.url} (170 MB) to {data_dir}/; the original host can be slow: 55 kB/s, an hour in all, was "
+              f"seen in 2026. From a mirror: --mirror URL; without a download: --dataset leaves", flush=True)
     try:
-        parts = [Set(data_dir, train=train, download=True) for train in (True, False)]
+        parts = [source(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise Problem(f"cannot download {Set.url} ({str(error).splitlines()[0]}): use --dataset leaves, a folder of images, "
-                      f"or --mirror URL of a directory that holds {Set.filename}")
+        raise Problem(f"cannot download {source.url} ({str(error).splitlines()[0]}): use --dataset leaves, a folder of "
+                      f"images, or --mirror URL of a directory that holds {source.filename}")
     arrays = [a for part in parts for a in (torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets))]
     return Data(*arrays, parts[0].classes)
 
@@ -186,8 +191,8 @@ def image_folder(folder, image_size, data_dir):
     test = "test" if (folder / "test").is_dir() else "val"
     for part in ("train", test):
         if not (folder / part).is_dir():
-            raise Problem(f"{folder} needs train/<class>/ and test/<class>/ (or val/<class>/) folders of images: no {part}/")
-    crop = torchvision.transforms.Compose([torchvision.transforms.Resize(image_size), torchvision.transforms.CenterCrop(image_size)])
+            raise Problem(f"{folder} has no {part}/: it needs train/<class>/ and test/<class>/ (or val/) folders of images")
+    crop = transforms.Compose([transforms.Resize(image_size), transforms.CenterCrop(image_size)])
     try:
         sets = [torchvision.datasets.ImageFolder(folder / part, crop) for part in ("train", test)]
     except FileNotFoundError as error:
@@ -212,55 +217,53 @@ def image_folder(folder, image_size, data_dir):
     return Data(images[:n], torch.tensor(sets[0].targets), images[n:], torch.tensor(sets[1].targets), sets[0].classes)
 
 
-def dead_leaves(n_train=10_000, n_test=2_000, size=32, n_leaves=50, seed=0):
-    """Dead-leaves images: opaque leaves of power-law size fall on each other until they cover the picture.
+LEAF = {  # is the point (u, v) inside a leaf of radius 1 about the origin?
+    "disc": lambda u, v: u * u + v * v < 1,
+    "box": lambda u, v: np.maximum(abs(u), abs(v)) < 0.886,
+    "star": lambda u, v: np.sqrt(abs(u)) + np.sqrt(abs(v)) < 1.3,
+    "ring": lambda u, v: abs(u * u + v * v - 0.85) < 0.5,
+    "cross": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.35) & (np.maximum(abs(u), abs(v)) < 1.2)}
+LEAF_CLASSES = [  # leaf, √(length/width), sizes fall as r^-2 or r^-3, how far colours spread from dark to light
+    ("disc", 1.0, 3, 1.0), ("disc", 2.0, 2, 0.5), ("box", 1.0, 2, 0.5), ("box", 2.0, 3, 1.0), ("star", 1.0, 3, 0.5),
+    ("star", 1.6, 2, 1.0), ("ring", 1.0, 2, 1.0), ("ring", 1.6, 3, 0.5), ("cross", 1.0, 2, 0.5), ("cross", 1.6, 3, 1.0)]
 
-    The standard generative model of natural-image statistics (Lee, Mumford & Huang 2001; Baradad et al. 2021). Ten
-    classes differ in the leaves' shape, elongation, law of sizes and palette. Only +, -, ×, ÷, √ and uniform draws are
-    used, which IEEE 754 fixes to the last bit: sines or powers would give other bytes on another processor.
+
+def dead_leaves(n_train=1000, n_test=200, n_leaves=50, size=32):
+    """Dead-leaves images, `n_train` + `n_test` of each class: opaque leaves of power-law size, fallen on one another.
+
+    The standard generative model of natural-image statistics (Lee, Mumford & Huang 2001; Baradad et al. 2021). Classes
+    differ in the leaves' shape, elongation, law of sizes and palette. Only +, -, ×, ÷, √ and uniform draws are used,
+    which IEEE 754 fixes to the last bit: sines or powers would give other bytes on another processor.
     """
-    shapes = {  # is the point (u, v) inside a leaf of radius 1 about the origin?
-        "ellipse": lambda u, v: u * u + v * v < 1,
-        "box": lambda u, v: np.maximum(abs(u), abs(v)) < 0.886,
-        "star": lambda u, v: np.sqrt(abs(u)) + np.sqrt(abs(v)) < 1.3,
-        "ring": lambda u, v: abs(u * u + v * v - 0.85) < 0.5,
-        "cross": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.35) & (np.maximum(abs(u), abs(v)) < 1.2),
-    }
-    kinds = [  # shape, √(length/width), sizes fall as r^-2 or r^-3, the palette's weight of light against dark
-        ("ellipse", 1.0, 3, 1.0), ("ellipse", 2.0, 2, 0.5), ("box", 1.0, 2, 0.5), ("box", 2.0, 3, 1.0), ("star", 1.0, 3, 0.5),
-        ("star", 1.6, 2, 1.0), ("ring", 1.0, 2, 1.0), ("ring", 1.6, 3, 0.5), ("cross", 1.0, 2, 0.5), ("cross", 1.6, 3, 1.0)]
-    rng = np.random.default_rng(seed)
-    n = (n_train + n_test) // len(kinds)
-    y, x = (np.mgrid[:size, :size] + 0.5).astype(np.float32)[:, None]
-    images = np.empty((len(kinds), n, 3, size, size), np.uint8)
-    for c, (shape, stretch, law, light) in enumerate(kinds):
-        draws = rng.random((9, n, n_leaves, 1, 1), np.float32)
-        cx, cy = (draws[:2] * 1.25 - 0.125) * size
-        t = 2 * draws[2] - 1
-        cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)  # a direction within ±90°, without a sine
-        small, large = 1.5 / size * 32, 14 / size * 32
-        if law == 2:
-            radius = 1 / (1 / large + draws[3] * (1 / small - 1 / large))
+    rng, n = np.random.default_rng(0), n_train + n_test
+    y, x = (np.mgrid[:size, :size] + 0.5).astype(np.float32)[:, None]  # (1, size, size) each, in pixels
+    images = np.empty((len(LEAF_CLASSES), n, 3, size, size), np.uint8)
+    for images_of_class, (leaf, stretch, law, light) in zip(images, LEAF_CLASSES):
+        cx, cy, t, u, grey, *rgb = rng.random((8, n, n_leaves, 1, 1), np.float32)
+        cx, cy = ((c * 1.25 - 0.125) * size for c in (cx, cy))
+        t = 2 * t - 1
+        cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)  # a direction within ±90°
+        if law == 2:  # radii from 1.5 to 14 pixels, by inverting the distribution function at u
+            radius = 1 / (1 / 14 + u * (1 / 1.5 - 1 / 14))
         else:
-            radius = 1 / np.sqrt(1 / large**2 + draws[3] * (1 / small**2 - 1 / large**2))
-        grey, hue = 2 * draws[4] - 1, 2 * draws[5:8, :, :, 0, 0] - 1
-        colour = 127.5 + 127.5 * np.clip(light * grey[:, :, 0, 0] + (1.2 - light) * hue, -1, 1)
-        colour = colour.astype(np.uint8)
+            radius = 1 / np.sqrt(1 / 14**2 + u * (1 / 1.5**2 - 1 / 14**2))
+        colours = [np.clip(light * (2 * grey - 1) + (1.2 - light) * (2 * c - 1), -1, 1) for c in rgb]
+        colours = [(127.5 + 127.5 * c).astype(np.uint8).reshape(n, n_leaves) for c in colours]
         for start in range(0, n, 100):  # small blocks stay in the processor's cache
-            s = slice(start, start + 100)
-            top = np.zeros((len(cx[s]), size, size), np.uint8)  # which leaf lies on top, leaf 0 being the ground
-            for leaf in range(1, n_leaves):
-                dx, dy = x - cx[s, leaf], y - cy[s, leaf]
-                u = (dx * cos[s, leaf] + dy * sin[s, leaf]) / (radius[s, leaf] * stretch)
-                v = (dy * cos[s, leaf] - dx * sin[s, leaf]) / (radius[s, leaf] / stretch)
-                np.copyto(top, leaf, where=shapes[shape](u, v))
-            for channel in range(3):
-                images[c, s, channel] = np.take_along_axis(colour[channel, s], top.reshape(len(top), -1), 1).reshape(top.shape)
-    names = ["-".join(map(str, kind[:3])) for kind in kinds]
-    k = n_train // len(kinds)
-    parts = [torch.from_numpy(images[:, part].reshape(-1, 3, size, size)) for part in (slice(k), slice(k, n))]
-    labels = [torch.arange(len(kinds)).repeat_interleave(len(part) // len(kinds)) for part in parts]
-    return Data(parts[0], labels[0], parts[1], labels[1], names)
+            block = slice(start, start + 100)
+            top = np.zeros((len(cx[block]), size, size), np.uint8)  # the leaf on top of each pixel; leaf 0 is the ground
+            for i in range(1, n_leaves):
+                dx, dy = x - cx[block, i], y - cy[block, i]
+                u = (dx * cos[block, i] + dy * sin[block, i]) / (radius[block, i] * stretch)
+                v = (dy * cos[block, i] - dx * sin[block, i]) / (radius[block, i] / stretch)
+                np.copyto(top, i, where=LEAF[leaf](u, v))
+            for channel, colour in enumerate(colours):
+                pixels = np.take_along_axis(colour[block], top.reshape(len(top), -1), axis=1)
+                images_of_class[block, channel] = pixels.reshape(top.shape)
+    train, test = (torch.from_numpy(part.reshape(-1, 3, size, size)) for part in (images[:, :n_train], images[:, n_train:]))
+    labels = torch.arange(len(LEAF_CLASSES))
+    return Data(train, labels.repeat_interleave(n_train), test, labels.repeat_interleave(n_test),
+                [f"{leaf}-{stretch}-r{law}" for leaf, stretch, law, _ in LEAF_CLASSES])
 
 
 def channel_stats(images):
@@ -423,11 +426,6 @@ def read_checkpoint(path, device="cpu"):
     return checkpoint
 
 
-def network_of(config):
-    """A Network of the shape that a checkpoint's config describes."""
-    return Network(config["arch"], config["out_dim"], config["image_size"], config["raw_rows"])
-
-
 def load_checkpoint(path, device="cpu"):
     """(teacher encoder, student encoder, config dict) of a run directory or .pt file, in eval mode and frozen.
 
@@ -436,7 +434,7 @@ def load_checkpoint(path, device="cpu"):
     checkpoint = read_checkpoint(path)
     encoders = []
     for role in ("teacher", "student"):
-        network = network_of(checkpoint["config"])
+        network = Network(*(checkpoint["config"][key] for key in SHAPE))
         network.load_state_dict(checkpoint[role])
         encoders.append(network.encoder.eval().requires_grad_(False).to(device, memory_format=torch.channels_last))
     return *encoders, checkpoint["config"]
@@ -444,172 +442,191 @@ def load_checkpoint(path, device="cpu"):
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
 
+def at_least(low, kind):
+    """An argparse type: a number of `kind`, int or float, that is at least `low`."""
+    def number(text):
+        value = kind(text)
+        if not value >= low:  # so written, it refuses nan too
+            raise argparse.ArgumentTypeError(f"must be at least {low}")
+        return value
+    return number
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    number = lambda kind, low, name: lambda text: kind(text) if kind(text) >= low else parser.error(f"{name} must be at least {low}")
-    add = parser.add_argument
-    add("--arch", choices=ARCHS, default="resnet18", help="encoder; on a CPU take resnet20")
-    add("--init-eps", type=number(float, 0, "--init-eps"), default=0.0, metavar="ε",
-        help="student = (teacher + ε·draw)/√(1+ε²): 0 starts at the teacher, inf independently of it; the paper's α = ε/(1+ε), "
-             "so α=0.5 is ε=1 and α=0.6 is ε=1.5. Without batch norm (vgg*) 0 is a fixed point, left by rounding alone; "
-             "the paper's α≈0 is 1e-10")
-    add("--dataset", default="cifar10", help=f"{', '.join(DATASETS)}, or a folder with train/<class>/ and test/ or val/")
-    add("--probe-dataset", help="labelled data for the probes (default: --dataset); needed with noise")
-    add("--n-samples", type=number(int, 1, "--n-samples"), help="distil on a stratified subset of so many images")
-    add("--image-size", type=number(int, 8, "--image-size"), default=32, help="images are resized to this many pixels square")
-    add("--out-dim", type=number(int, 1, "--out-dim"), default=2**16, help="number of logits m; 1024 spares a CPU half the work (Fig. 10)")
-    add("--raw-rows", action="store_true", help="do not normalise the last layer's rows, as the released code: KL about 10 times smaller")
-    add("--teacher-mode", choices=("eval", "train"), default="eval", help="train: the teacher's batch norm uses each batch's statistics")
-    add("--live-teacher", action="store_true", help="run the teacher at every step instead of once; the same result, slower")
-    add("--kl", choices=KL_FORMS, default="exact", help="how to compute the KL; log-softmax is the usual way, off by several per cent at 1e-6 nats")
-    add("--epochs", type=number(int, 1, "--epochs"), default=100, help="passes over the training images")
-    add("--steps", type=number(int, 1, "--steps"), help="stop after so many steps, if that is earlier")
-    add("--batch-size", type=number(int, 1, "--batch-size"), default=256)
-    add("--lr", type=number(float, 0, "--lr"), default=1e-3, help="AdamW's constant learning rate; weight decay is 0")
-    add("--seed", type=number(int, 0, "--seed"), default=0, help="of the teacher, the student's draw and the order of the data")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="16-bit encoder; auto: where the hardware does it fast")
-    add("--log-every", type=number(int, 1, "--log-every"), help="steps between log lines (default: an epoch, at most 100)")
-    add("--eval-every", type=number(int, 1, "--eval-every"), help="steps between probes and checkpoints (default: a tenth of the run)")
-    add("--out", help="run directory (default: runs/<dataset>-<arch>-eps<ε>-seed<seed>)")
-    add("--resume", action="store_true", help="go on from the run directory's checkpoint, if there is one")
-    add("--data-dir", default="data", help="where downloads and caches go")
-    add("--mirror", default=os.environ.get("DATA_MIRROR"), help="URL of a directory that holds the CIFAR archives (or set DATA_MIRROR)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    positive = at_least(1, int)
+
+    def add(name, help, default=None, **options):
+        parser.add_argument(name, default=default, help=help + (f" (default: {default})" if default is not None else ""), **options)
+
+    add("--arch", "encoder; on a CPU take resnet20", "resnet18", choices=ARCHS)
+    add("--init-eps", "student = (teacher + ε·draw)/√(1+ε²): 0 starts at the teacher, inf independently of it; the paper's "
+        "α = ε/(1+ε), so α=0.5 is ε=1 and α=0.6 is ε=1.5. Without batch norm (vgg*) 0 is a fixed point that only rounding "
+        "leaves; the paper's α≈0 is 1e-10", 0.0, type=at_least(0, float), metavar="ε")
+    add("--dataset", f"{', '.join(DATASETS)}, or a folder that holds train/<class>/ and test/<class>/ (or val/)", "cifar10")
+    add("--probe-dataset", "labelled data for the probes (default: --dataset); noise needs it")
+    add("--n-samples", "distil on a stratified subset of so many training images (default: all)", type=positive)
+    add("--image-size", "images are resized to a square of so many pixels", 32, type=at_least(8, int))
+    add("--out-dim", "number of logits m; 1024 spares a CPU much work and costs little (Fig. 10)", 2**16, type=positive)
+    add("--raw-rows", "leave the last layer's rows unnormalised, as the released code does: the KL is 10 times smaller",
+        False, action="store_true")
+    add("--teacher-mode", "train: the teacher's batch norms use each batch's statistics", "eval", choices=("eval", "train"))
+    add("--live-teacher", "run the teacher at every step instead of once: the same result, slower", False, action="store_true")
+    add("--kl", "log-softmax computes the KL the usual way, off by several per cent at 1e-6 nats", "exact", choices=KL_FORMS)
+    add("--epochs", "passes over the training images", 100, type=positive)
+    add("--steps", "stop after so many steps, if that is earlier", type=positive)
+    add("--batch-size", "images a step", 256, type=positive)
+    add("--lr", "AdamW's constant learning rate; weight decay is 0", 1e-3, type=at_least(0, float))
+    add("--seed", "of the teacher, the student's draw and the order of the data", 0, type=at_least(0, int))
+    add("--device", "auto: cuda where there is one", "auto", choices=("auto", "cpu", "cuda"))
+    add("--amp", "16-bit encoder; auto: where the hardware is fast at it", "auto", choices=("auto", "bf16", "fp16", "off"))
+    add("--log-every", "steps between log lines (default: an epoch, at most 100)", type=positive)
+    add("--eval-every", "steps between probes, with a checkpoint each (default: a tenth of the run)", type=positive)
+    add("--out", "run directory (default: runs/<dataset>-<arch>-eps<ε>-seed<seed>)", type=Path)
+    add("--resume", "go on from the run directory's checkpoint, if there is one", False, action="store_true")
+    add("--data-dir", "where downloads and caches go", "data")
+    add("--mirror", "URL of a directory with the CIFAR archives; or set DATA_MIRROR", os.environ.get("DATA_MIRROR"))
     args = parser.parse_args(argv)
     if args.dataset == "noise" and args.probe_dataset in (None, "noise"):
         parser.error("noise has no labels: name a labelled data set with --probe-dataset, for example leaves")
     if args.arch.startswith("vgg") and args.image_size < 32:
         parser.error("VGG halves the image five times: --image-size must be at least 32")
+    args.out = args.out or Path(f"runs/{Path(args.dataset).name}-{args.arch}-eps{args.init_eps:g}-seed{args.seed}")
     return args
 
 
+MAY_CHANGE = {"epochs", "steps", "log_every", "eval_every", "resume", "device", "out", "data_dir", "mirror"}  # on --resume
 LOG_COLUMNS = ("step", "epoch", "kl", "distance", "images_per_s", "linear_paper", "linear_paper_last", "linear_converged", "knn")
-MAY_CHANGE = {"epochs", "steps", "log_every", "eval_every", "out", "resume", "data_dir", "mirror", "device"}  # on --resume
+
+
+def open_run(out, config):
+    """The checkpoint to go on from in the run directory `out`, or None. Raises Problem rather than mix or lose runs."""
+    path = out / "last.pt"
+    if not path.exists():
+        return None
+    if not config["resume"]:
+        raise Problem(f"{path} exists: add --resume to go on with that run, or name another directory with --out")
+    checkpoint = read_checkpoint(path)
+    for key, value in config.items():
+        before = checkpoint["config"].get(key)
+        if before != value and key not in MAY_CHANGE:
+            raise Problem(f"cannot resume {out}: it was run with --{key.replace('_', '-')} {before}, not {value}")
+    return checkpoint
 
 
 def main(argv=None):
+    from probe import PROBES, evaluate  # here, because probe.py imports this file
     args = parse_args(argv)
-    from probe import evaluate  # here, because probe.py imports this file
     device = pick_device(args.device)
     args.amp = pick_amp(args.amp, device)
-    out = Path(args.out or f"runs/{Path(args.dataset).name}-{args.arch}-eps{args.init_eps:g}-seed{args.seed}")
-    config, path = vars(args).copy(), out / "last.pt"
-    checkpoint = None
-    if path.exists():
-        if not args.resume:
-            raise Problem(f"{path} exists: add --resume to go on with that run, or name another directory with --out")
-        checkpoint = read_checkpoint(path)
-        for key in config.keys() - MAY_CHANGE:
-            if checkpoint["config"].get(key) != config[key]:
-                raise Problem(f"cannot resume {out}: it was run with --{key.replace('_', '-')} {checkpoint['config'].get(key)}, not {config[key]}")
-        if checkpoint["step"] == checkpoint["steps"] and all(config[key] == checkpoint["config"][key] for key in ("steps", "epochs")):
-            print(f"{out}: all {checkpoint['steps']:,} steps are done")
-            return
+    config, path = {**vars(args), "out": str(args.out)}, args.out / "last.pt"
+    checkpoint = open_run(args.out, config)
 
-    out.mkdir(parents=True, exist_ok=True)
-
-    # Data, teacher, student, and where the student starts
+    # Data: the student sees `images` alone; labels are for the probes
     load = lambda name: load_data(name, args.image_size, args.data_dir, args.mirror)
     data = load(args.dataset)
     probe_data = (load(args.probe_dataset) if args.probe_dataset else data).to(device)
-    subset = stratified_subset(data.train_y, args.n_samples) if args.n_samples else slice(None)
-    all_images = data.train_x[subset].to(device)
-    stats, n = channel_stats(all_images), len(all_images)
-    shape = (args.arch, args.out_dim, args.image_size, args.raw_rows)
+    images = data.train_x[stratified_subset(data.train_y, args.n_samples) if args.n_samples else slice(None)].to(device)
+    stats, n = channel_stats(images), len(images)
+    per_epoch = math.ceil(n / args.batch_size)
+    steps = min(args.epochs * per_epoch, args.steps or math.inf)
+    step, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
+    if step >= steps:
+        return print(f"{args.out}: all {steps:,} steps are done")
+    log_every, eval_every = args.log_every or min(per_epoch, 100), args.eval_every or max(1, steps // 10)
+
+    # Teacher and student. The teacher is in eval mode: its batch norms use their initial statistics, mean 0 and variance 1,
+    # while the student's use each batch's own. So with batch norm the two differ even at ε=0.
+    shape = [config[key] for key in SHAPE]
     teacher = random_network(2 * args.seed, *shape)
     student = init_student(teacher, random_network(2 * args.seed + 1, *shape), args.init_eps)
-    for network in (teacher, student):
-        network.to(device, memory_format=torch.channels_last)
-    teacher.requires_grad_(False).train(args.teacher_mode == "train")
-    student.train()
+    teacher.requires_grad_(False).train(args.teacher_mode == "train").to(device)
+    student.train().to(device)
     theta = list(student.parameters())
     theta_0 = [p.detach().clone() for p in theta]
     optimizer = torch.optim.AdamW(theta, lr=args.lr, weight_decay=0, fused=True)
     autocast, scaler = amp_tools(args.amp, device)
-    per_epoch = math.ceil(n / args.batch_size)
-    steps = min(args.epochs * per_epoch, args.steps or math.inf)
-    log_every, eval_every = args.log_every or min(per_epoch, 100), args.eval_every or max(1, steps // 10)
-    step, log = 0, []
     if checkpoint:
-        teacher.load_state_dict(checkpoint["teacher"]), student.load_state_dict(checkpoint["student"])
-        optimizer.load_state_dict(checkpoint["optimizer"]), scaler.load_state_dict(checkpoint["scaler"])
+        for name, part in (("teacher", teacher), ("student", student), ("optimizer", optimizer), ("scaler", scaler)):
+            part.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])
-        step, log = checkpoint["step"], checkpoint["log"]
-        print(f"resuming {out} after step {step:,} of {steps:,}")
+        print(f"resuming {args.out} after step {step:,} of {steps:,}")
 
-    # The teacher runs once: it is frozen, the images are not augmented, and in eval mode a batch norm uses its (initial)
-    # running statistics. So the bottleneck of each image never changes: n × 256 numbers instead of n encoder passes an epoch.
-    float32 = amp_tools("off", device)[0]
-    teacher_rows, table = teacher.rows(), None
+    # The teacher runs once: it is frozen, the images are not augmented, and in eval mode its output for an image does not
+    # depend on the rest of the batch. So n bottleneck vectors hold all it will ever say, and a step costs no teacher encoder.
+    float32, table = amp_tools("off", device)[0], None
+    teacher_rows = teacher.rows()
     if args.teacher_mode == "eval" and not args.live_teacher:
         with torch.no_grad():
-            table = torch.cat([teacher.bottleneck(normalise(x, stats), float32) for x in all_images.split(args.batch_size)])
+            table = torch.cat([teacher.bottleneck(normalise(x, stats), float32) for x in images.split(args.batch_size)])
 
     def batch_loss(index):
-        """index (B,) -> the mean KL of student from teacher; the student's batch norms use the batch's statistics."""
-        images = normalise(all_images[index], stats)
+        """Indices (B,) of images -> the KL of the student from the teacher."""
+        x = normalise(images[index], stats)
         with torch.no_grad():
-            target = table[index] if table is not None else teacher.bottleneck(images, float32)
+            target = table[index] if table is not None else teacher.bottleneck(x, float32)
             teacher_logits = target @ teacher_rows.T
-        return KL_FORMS[args.kl](teacher_logits, student.bottleneck(images, autocast) @ student.rows().T)
+        return KL_FORMS[args.kl](teacher_logits, student.bottleneck(x, autocast) @ student.rows().T)
 
     def save():
         write_atomically(path, lambda file: torch.save({
             "format": FORMAT, "config": config, "teacher": teacher.state_dict(), "student": student.state_dict(),
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
-            "step": step, "steps": steps, "log": log}, file))
-
-    interrupted = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, or a cluster that wants its node back: stop after this step
-        signal.signal(number, lambda number, frame: interrupted.append(number))
-
-    # Train, and between the steps log, probe and save
-    print(f"{args.arch} on {args.dataset}: {n:,} images, {steps:,} steps of {args.batch_size}, m={args.out_dim:,}, ε={args.init_eps:g}, "
-          f"seed {args.seed}, {device.type}, amp {args.amp} -> {out}")
-    print(f"{'step':>7} {'epoch':>7} {'KL (nats)':>10} {'from init':>9} {'images/s':>9} {'ETA':>9}   "
-          f"probe: linear  converged   k-NN (%)")
-    row_of = lambda probes: f"{probes['linear_paper']:15.2f} {probes['linear_converged']:10.2f} {probes['knn']:10.2f}" if probes else ""
+            "step": step, "log": log}, file))
 
     def log_row(kl, speed, probes):
         """One line on the screen and in log.csv: mean KL and images/s since the last line, and any probes (%)."""
-        log.append({"step": step, "epoch": round(step / per_epoch, 4), "kl": kl, "distance": distance(theta, theta_0),
+        log.append({"step": step, "epoch": step / per_epoch, "kl": kl, "distance": distance(theta, theta_0),
                     "images_per_s": speed, **probes})
-        with open(out / "log.csv", "w", newline="") as file:
+        with open(args.out / "log.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, LOG_COLUMNS)
             writer.writeheader()
             writer.writerows(log)
         eta = timedelta(seconds=round((steps - step) * args.batch_size / speed)) if speed else ""
-        print(f"{step:7d} {step / per_epoch:7.1f} {kl:10.3e} {log[-1]['distance']:9.3f} {speed:9.0f} {eta!s:>9} {row_of(probes)}", flush=True)
+        print(f"{step:7d} {step / per_epoch:7.1f} {kl:10.3e} {log[-1]['distance']:9.3f} {speed:9.0f} {eta!s:>9}" + scores(probes),
+              flush=True)
 
+    scores = lambda probes: "".join(f"{probes[probe]:20.2f}" for probe in PROBES if probes)
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(f"{args.arch} on {args.dataset}: {n:,} images, {steps:,} steps of {args.batch_size}, m={args.out_dim:,}, "
+          f"ε={args.init_eps:g}, seed {args.seed}, {device.type}, amp {args.amp} -> {args.out}")
+    print(f"{'step':>7} {'epoch':>7} {'KL (nats)':>10} {'from init':>9} {'images/s':>9} {'ETA':>9}"
+          + "".join(f"{title:>20}" for title in PROBES.values()))
     teacher_probes = evaluate(teacher.encoder, probe_data)
-    print(f"{'teacher':>7}{'':49}{row_of(teacher_probes)}", flush=True)
-    if step == 0:  # at ε=0 the student's encoder is the teacher's, and so are its probes
-        log_row(0.0, 0, teacher_probes if args.init_eps == 0 else evaluate(student.encoder, probe_data))
-    losses, clock, first, saved = [], time.time(), step, time.time()
+    print(f"{'teacher':>7}{'':49}" + scores(teacher_probes), flush=True)
+    if step == 0:  # at ε=0 the student's encoder is still the teacher's
+        log_row(math.nan, 0, teacher_probes if args.init_eps == 0 else evaluate(student.encoder, probe_data))
+
+    # Train, and between the steps log, probe and save
+    interrupted = []
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, or a cluster that wants its node back: stop after this step
+        signal.signal(number, lambda number, frame: interrupted.append(number))
+    losses, first, clock = [], step, time.time()
+    saved = clock
     for step, loss in train(batch_loss, n, optimizer, scaler, steps=steps, batch_size=args.batch_size, seed=args.seed, start=step):
-        losses.append(loss)  # left on the device: asking for its value would make the GPU wait
+        losses.append(loss)  # left on the device: to ask for its value at every step would keep the GPU waiting
         if device.type == "cpu" and step == first + 5 and (hours := (steps - step) * (time.time() - clock) / 5 / 3600) > 1:
-            print(f"this CPU needs about {hours:.0f} hours for these {steps:,} steps (going on); `bash run_all.sh quick` shows the "
+            print(f"this CPU needs about {hours:.0f} hours for {steps:,} steps; going on, but `bash run_all.sh quick` shows the "
                   f"effect in minutes", flush=True)
-        evaluating = (step % eval_every == 0 or step == steps) and not interrupted
-        if not (evaluating or step % log_every == 0 or interrupted):
+        probing = not interrupted and (step % eval_every == 0 or step == steps)
+        if not (probing or interrupted or step % log_every == 0):
             continue
-        for i, value in enumerate(kls := torch.stack(losses).tolist()):
+        losses = torch.stack(losses).tolist()
+        for i, value in enumerate(losses, step - len(losses) + 1):
             if not math.isfinite(value):
-                raise Problem(f"the loss became {value} at step {step - len(kls) + 1 + i}: lower --lr or take --amp off; "
-                              f"{path if path.exists() else 'no checkpoint yet, so nothing'} is kept as it was")
-        speed = len(kls) * args.batch_size / (time.time() - clock)
-        log_row(sum(kls) / len(kls), speed, evaluate(student.encoder, probe_data) if evaluating else {})
-        if evaluating or interrupted or time.time() - saved > 600:
+                raise Problem(f"the loss became {value} at step {i}: lower --lr or take --amp off; what {args.out} held is kept")
+        speed = len(losses) * args.batch_size / (time.time() - clock)
+        log_row(sum(losses) / len(losses), speed, evaluate(student.encoder, probe_data) if probing else {})
+        if probing or interrupted or time.time() - saved > 600:
             save()
             saved = time.time()
         if interrupted:
             print(f"stopped after step {step:,}; the same command with --resume goes on from here")
             sys.exit(128 + interrupted[0])
         losses, clock = [], time.time()
-    for probe, name in (("linear_paper", "linear probe"), ("linear_converged", "converged"), ("knn", "k-NN")):
-        last = next(row for row in reversed(log) if probe in row)
-        print(f"{name:>13}: teacher {teacher_probes[probe]:.2f} -> student {last[probe]:.2f} ({last[probe] - teacher_probes[probe]:+.2f})")
+    for probe, title in PROBES.items():
+        before, after = teacher_probes[probe], log[-1][probe]
+        print(f"{title:>20}: teacher {before:.2f} -> student {after:.2f} ({after - before:+.2f})")
 
 
 def run_cli(main):

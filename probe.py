@@ -149,8 +149,12 @@ def probe_runs(paths, dataset, seeds, teacher_arch, options):
     if len(data.test_y) == 0:
         raise Problem(f"{dataset} has no labels to probe: name a labelled data set with --dataset")
     data = data.to(device)
-    print(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images of {len(data.classes)} classes, probed on {device}", flush=True)
-    report = lambda what, probes: print(f"  {what}: " + ", ".join(f"{PROBES[p]} {probes[p]:.2f}" for p in PROBES), flush=True) or probes
+    print(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, {len(data.classes)} classes, on {device}")
+
+    def report(what, probes):
+        print(f"  {what}: " + ", ".join(f"{title} {probes[probe]:.2f}" for probe, title in PROBES.items()), flush=True)
+        return probes
+
     raw = report("raw pixels", evaluate(nn.Flatten(), data))
     teachers, students = {}, []
     for seed in range(seeds if teacher_arch else 0):
