@@ -4,7 +4,7 @@
     python probe.py runs/cifar10-resnet18-eps0-seed0                    one run, on the data it was distilled on
     python probe.py runs/*-resnet18-eps0-seed*                          several seeds: mean ± standard deviation
     python probe.py runs/imagenet-folder-run --dataset cifar10          transfer (Tables 2 and 4)
-    python probe.py --teacher vgg11 --dataset cifar10 --seeds 3         random teachers alone, no run needed
+    python probe.py --teacher vgg11 resnet18 --dataset cifar10          random teachers alone, no run needed
 
 Three probes, because they disagree, and the disagreement teaches something (README): the paper's ten-epoch linear probe,
 the same linear probe standardised and trained to convergence, and k nearest neighbours.
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill import (ARCHS, DATASETS, Problem, channel_stats, load_checkpoint, load_data, normalise, pick_device,
-                     random_network, run_cli, write_atomically)
+from distill import (ARCHS, DATASETS, Problem, at_least, channel_stats, load_checkpoint, load_data, normalise,
+                     pick_device, random_network, run_cli, write_atomically)
 
 PROBES = {"linear_paper": "linear (paper)", "linear_converged": "linear (converged)", "knn": "k-NN"}
 
@@ -129,128 +129,129 @@ def evaluate(encoder, data):
 
 # ---- Tables and the picture ------------------------------------------------------------------------------------------
 
-def probe_runs(paths, dataset, seeds, teacher_arch, options):
-    """Probe runs, or random teachers of `teacher_arch` alone. Returns (data, raw, teachers, students).
-
-    `raw` is a dict of probes in %; `teachers` maps a teacher to one; `students` lists (path, config, teacher, probes).
-    A teacher that several runs share is probed once.
-    """
-    device, image_size = options.device, 32
-    runs = [(Path(path), *load_checkpoint(path, device)) for path in paths]
-    if runs:
-        configs = [config for *_, config in runs]
-        if len({config["image_size"] for config in configs}) > 1:
-            raise Problem("these runs were trained on images of different sizes: probe them apart")
-        names = {config["probe_dataset"] or config["dataset"] for config in configs}
-        if not dataset and len(names) > 1:
-            raise Problem(f"these runs use different data ({', '.join(sorted(names))}): name one with --dataset")
-        dataset, image_size = dataset or names.pop(), configs[0]["image_size"]
-    data = load_data(dataset, image_size, options.data_dir, options.mirror)
-    if len(data.test_y) == 0:
-        raise Problem(f"{dataset} has no labels to probe: name a labelled data set with --dataset")
-    data = data.to(device)
-    print(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, {len(data.classes)} classes, on {device}")
-
-    def report(what, probes):
-        print(f"  {what}: " + ", ".join(f"{title} {probes[probe]:.2f}" for probe, title in PROBES.items()), flush=True)
-        return probes
-
-    raw = report("raw pixels", evaluate(nn.Flatten(), data))
-    teachers, students = {}, []
-    for seed in range(seeds if teacher_arch else 0):
-        encoder = random_network(2 * seed, teacher_arch, out_dim=1).encoder.to(device)
-        teachers[teacher_arch, seed] = report(f"teacher {teacher_arch}, seed {seed}", evaluate(encoder, data))
-    for path, teacher, student, config in runs:
-        weights = hashlib.sha256(b"".join(t.cpu().contiguous().numpy().tobytes() for t in teacher.state_dict().values()))
-        key = config["arch"], weights.hexdigest()
-        if key not in teachers:
-            teachers[key] = report(f"teacher of {path}", evaluate(teacher, data))
-        students.append((path, config, key, report(f"student {path}", evaluate(student, data))))
-        folder = path if path.is_dir() else path.parent
-        result = {"dataset": dataset, "raw": raw, "teacher": teachers[key], "student": students[-1][-1]}
-        write_json(folder / f"probe-{Path(dataset).name}.json", result)
-    return data, raw, teachers, students
-
-
 def write_json(path, result):
     write_atomically(path, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
 
 
+def common_data(configs, dataset):
+    """(data set, image size) to probe runs with these configs on: `dataset`, or what all of them used. Raises Problem."""
+    sizes, names = {config["image_size"] for config in configs}, {config["probe_dataset"] or config["dataset"] for config in configs}
+    if len(sizes) > 1:
+        raise Problem("these runs were trained on images of different sizes: probe them apart")
+    if not dataset and len(names) > 1:
+        raise Problem(f"these runs use different data ({', '.join(sorted(names))}): name one with --dataset")
+    return dataset or names.pop(), sizes.pop() if sizes else 32
+
+
+def fingerprint(encoder):
+    """A string that two encoders share if their weights are equal."""
+    return hashlib.sha256(b"".join(t.cpu().contiguous().numpy().tobytes() for t in encoder.state_dict().values())).hexdigest()
+
+
 def print_table(raw, teachers, students):
-    """One row each for raw pixels, teachers and every kind of student: mean ± standard deviation over seeds, and the gain."""
-    rows = [("raw pixels", [raw], None)]
+    """A row each for raw pixels, teachers and every kind of student, with mean ± standard deviation over seeds.
+
+    `raw` is a dict of probes in %, `teachers` lists (arch, probes), `students` (path, config, its teacher's probes, probes).
+    Runs that differ in their seed alone are one kind.
+    """
+    rows = [("raw pixels", [(raw, None)])]
     for arch in dict.fromkeys(arch for arch, _ in teachers):
-        rows.append((f"teacher {arch}", [probes for (a, _), probes in teachers.items() if a == arch], None))
+        rows.append((f"teacher {arch}", [(probes, None) for a, probes in teachers if a == arch]))
     kinds = {}
-    for path, config, teacher, probes in students:
-        kind = tuple((k, v) for k, v in config.items() if k not in ("seed", "out", "resume", "device", "log_every"))
-        kinds.setdefault(kind, []).append((path, teachers[teacher], probes))
-    for runs in kinds.values():
-        name = re.sub(r"-?seed\d+$", "", runs[0][0].name) if len(runs) > 1 else runs[0][0].name
-        rows.append((f"student {name}", [probes for *_, probes in runs], [teacher for _, teacher, _ in runs]))
-    width = max(len(label) for label, *_ in rows) + 7
-    columns = {"linear_paper": "linear (paper, best)", "linear_paper_last": "(its last epoch)", "linear_converged": "linear (converged)", "knn": "k-NN (k=20)"}
-    print(f"\n{'accuracy in %':{width}}" + "".join(f"{title:>22}" for title in columns.values()))
-    for label, results, baselines in rows:
+    for path, config, teacher_probes, probes in students:
+        kind = tuple(item for item in config.items() if item[0] not in ("seed", "out", "resume", "device", "log_every"))
+        kinds.setdefault(kind, []).append((path.name, probes, teacher_probes))
+    for kind in kinds.values():
+        name = kind[0][0] if len(kind) == 1 else re.sub(r"[-_]?seed\d+$", "", kind[0][0])
+        rows.append((f"student {name}", [scores for _, *scores in kind]))
+    columns = {"linear_paper": "linear (paper, best)", "linear_paper_last": "(paper, last epoch)",
+               "linear_converged": "linear (converged)", "knn": "k-NN (k=20)"}
+    print(f"\n{'accuracy in %':32}" + "".join(f"{title:>23}" for title in columns.values()))
+    for label, scores in rows:
         cells = []
         for probe in columns:
-            values = [result[probe] for result in results]
-            cell = f"{statistics.mean(values):.2f}"
-            if len(values) > 1:
-                cell += f" ± {statistics.stdev(values):.2f}"
-            if baselines:
-                cell += f" ({statistics.mean(v - b[probe] for v, b in zip(values, baselines)):+.2f})"
-            cells.append(f"{cell:>22}")
-        print(f"{label + (f' ({len(results)} seeds)' if len(results) > 1 else ''):{width}}" + "".join(cells))
+            cell = f"{statistics.mean(probes[probe] for probes, _ in scores):.2f}"
+            if len(scores) > 1:
+                cell += f" ± {statistics.stdev(probes[probe] for probes, _ in scores):.2f}"
+            if scores[0][1]:
+                cell += f" ({statistics.mean(probes[probe] - before[probe] for probes, before in scores):+.2f})"
+            cells.append(f"{cell:>23}")
+        print(f"{label + f' ({len(scores)} seeds)' * (len(scores) > 1):32}" + "".join(cells))
     if students:
         print("in brackets: the gain over the student's own teacher")
 
 
 def draw(path, raw, teachers, students):
-    """Accuracy of every probe over training steps (each run's log.csv) against its teacher and raw pixels."""
+    """Accuracy of every probe over training steps (from each run's log.csv), against teachers and raw pixels."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(PROBES), figsize=(11, 3.6), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(PROBES), figsize=(11, 3.8), sharex=True, layout="constrained")
+    styles = [("#1b5e9e", "o-"), ("#c4561b", "s--"), ("#7a7a7a", "^:"), ("#3f8f4f", "D-."), ("#8a4fa3", "v-"), ("#111111", "x--")]
     for ax, (probe, title) in zip(axes, PROBES.items()):
-        for i, (run, config, _, _) in enumerate(students):
+        for i, (run, *_) in enumerate(students):
             with open((run if run.is_dir() else run.parent) / "log.csv", newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row[probe]]
-            ax.plot([int(row["step"]) for row in rows], [float(row[probe]) for row in rows], "osD^v<>"[i % 7] + ("-", "--", ":")[i % 3],
-                    color=("#1b5e9e", "#c4561b", "#7a7a7a", "#3f8f4f", "#8a4fa3")[i % 5], label=f"student, {run.name}", markersize=4.5)
-        for key, probes in teachers.items():
-            ax.axhline(probes[probe], color="black", linewidth=1, label="its random teacher" if key == next(iter(teachers)) else None)
+                points = [(int(row["step"]), float(row[probe])) for row in csv.DictReader(file) if row[probe]]
+            ax.plot(*zip(*points), styles[i % 6][1], color=styles[i % 6][0], label=f"student {run.name}", markersize=4.5)
+        for i, (_, probes) in enumerate(teachers):
+            ax.axhline(probes[probe], color="black", linewidth=1, label="random teacher" if i == 0 else None)
         ax.axhline(raw[probe], color="black", linewidth=1, linestyle=(0, (1, 3)), label="raw pixels")
         ax.set(title=title, xlabel="distillation step")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("test accuracy (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("runs", nargs="*", help="run directories of distill.py, or checkpoint files")
-    add("--teacher", choices=ARCHS, metavar="ARCH", help=f"probe random teachers of this kind, without any run: {', '.join(ARCHS)}")
-    add("--seeds", type=int, default=1, help="how many random teachers, with --teacher (default: 1)")
-    add("--dataset", help=f"data to probe on: {', '.join(DATASETS[:3])}, or a folder (default: what the run used)")
-    add("--json", type=Path, help="also write raw, teacher and student accuracies to this file")
+    add("runs", nargs="*", type=Path, help="run directories of distill.py, or checkpoint files")
+    add("--teacher", nargs="+", choices=ARCHS, default=[], metavar="ARCH", help=f"probe random teachers of these kinds, without a run: {', '.join(ARCHS)}")
+    add("--seeds", type=at_least(1, int), default=1, help="how many random teachers of each kind, with --teacher (default: 1)")
+    add("--dataset", help=f"data to probe on: {', '.join(DATASETS[:3])}, or a folder of images (default: what the runs used)")
+    add("--json", type=Path, help="also write the accuracies of raw pixels, teacher (mean) and each student to this file")
     add("--figure", type=Path, help="also draw accuracy over steps to this file (.png, .pdf)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one (default: auto)")
     add("--data-dir", default="data", help="where downloads and caches go (default: data)")
-    add("--mirror", default=os.environ.get("DATA_MIRROR"), help="URL of a directory that holds the CIFAR archives (or set DATA_MIRROR)")
+    add("--mirror", default=os.environ.get("DATA_MIRROR"), help="URL of a directory with the CIFAR archives; or set DATA_MIRROR")
     args = parser.parse_args(argv)
     if not args.runs and not (args.teacher and args.dataset):
         parser.error("name one or more run directories, or --teacher ARCH --dataset DATA")
-    args.device = pick_device(args.device)
-    data, raw, teachers, students = probe_runs(args.runs, args.dataset, args.seeds, args.teacher, args)
+    if args.figure and not args.runs:
+        parser.error("--figure draws runs: name one or more run directories")
+    device = pick_device(args.device)
+
+    runs = [(path, *load_checkpoint(path, device)) for path in args.runs]
+    dataset, image_size = common_data([config for *_, config in runs], args.dataset)
+    data = load_data(dataset, image_size, args.data_dir, args.mirror).to(device)
+    if len(data.test_y) == 0:
+        raise Problem(f"{dataset} has no labels to probe: name a labelled data set with --dataset")
+    print(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, {len(data.classes)} classes, {device.type}")
+
+    def probe(name, encoder):
+        probes = evaluate(encoder, data)
+        print(f"  {name}: " + ", ".join(f"{title} {probes[probe]:.2f}" for probe, title in PROBES.items()), flush=True)
+        return probes
+
+    raw = probe("raw pixels", nn.Flatten())
+    teachers = [(arch, probe(f"teacher {arch}, seed {seed}", random_network(2 * seed, arch, 1).encoder.to(device)))
+                for arch in args.teacher for seed in range(args.seeds)]
+    students, known = [], {}  # a teacher that several runs share is probed once
+    for path, teacher, student, config in runs:
+        key = fingerprint(teacher)
+        if key not in known:
+            known[key] = probe(f"teacher of {path}", teacher)
+            teachers.append((config["arch"], known[key]))
+        students.append((path, config, known[key], probe(f"student {path}", student)))
+        write_json((path if path.is_dir() else path.parent) / f"probe-{Path(dataset).name}.json",
+                   {"dataset": dataset, "raw": raw, "teacher": known[key], "student": students[-1][-1]})
     print_table(raw, teachers, students)
     if args.json:
-        mean = lambda results: {p: round(statistics.mean(r[p] for r in results), 4) for p in PROBES}
-        write_json(args.json, {"raw": mean([raw]), "teacher": mean(teachers.values()),
-                               "students": {path.name: mean([probes]) for path, _, _, probes in students}})
+        mean = lambda *results: {probe: round(statistics.mean(r[probe] for r in results), 4) for probe in PROBES}
+        write_json(args.json, {"raw": mean(raw), "teacher": mean(*(probes for _, probes in teachers)),
+                               "students": {path.name: mean(probes) for path, _, _, probes in students}})
     if args.figure:
         draw(args.figure, raw, teachers, students)
 
