@@ -8,7 +8,7 @@
 Method: "Random Teachers are Good Teachers", Sarnthein et al., ICML 2023, arXiv 2302.12091. This file, in the order the
 data flows: models, data, student initialisation, loss, the training loop, checkpoints, main.
 """
-import argparse, csv, hashlib, math, os, pickle, signal, sys, time, warnings
+import argparse, csv, hashlib, math, os, pickle, signal, socket, sys, time, warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -177,6 +177,7 @@ def cifar(name, data_dir, mirror):
     if not (Path(data_dir) / source.base_folder).exists():
         print(f"downloading {source.url} (170 MB) to {data_dir}/; the original host can be slow: 55 kB/s, an hour in all, was "
               f"seen in 2026. From a mirror: --mirror URL; without a download: --dataset leaves", flush=True)
+    socket.setdefaulttimeout(60)  # a silent host is an error, not a wait for ever
     try:
         parts = [source(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
@@ -199,7 +200,8 @@ def image_folder(folder, image_size, data_dir):
         raise Problem(f"{folder}: {str(error).splitlines()[0]}")
     if sets[0].classes != sets[1].classes:
         raise Problem(f"{folder}: train/ and {test}/ must hold the same classes")
-    files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for part in sets for path, _ in part.samples]
+    stats = ((path, os.stat(path)) for part in sets for path, _ in part.samples)
+    files = [(os.path.relpath(path, folder), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     key = hashlib.sha256(repr((image_size, files)).encode()).hexdigest()[:16]  # any file changed: another cache
     cache = Path(data_dir) / "cache" / f"{folder.name}-{key}.npy"
     if cache.exists():
@@ -608,7 +610,7 @@ def main(argv=None):
         if device.type == "cpu" and step == first + 5 and (hours := (steps - step) * (time.time() - clock) / 5 / 3600) > 1:
             print(f"this CPU needs about {hours:.0f} hours for {steps:,} steps; going on, but `bash run_all.sh quick` shows the "
                   f"effect in minutes", flush=True)
-        probing = not interrupted and (step % eval_every == 0 or step == steps)
+        probing = step == steps or step % eval_every == 0 and not interrupted
         if not (probing or interrupted or step % log_every == 0):
             continue
         losses = torch.stack(losses).tolist()
@@ -620,7 +622,7 @@ def main(argv=None):
         if probing or interrupted or time.time() - saved > 600:
             save()
             saved = time.time()
-        if interrupted:
+        if interrupted and step < steps:
             print(f"stopped after step {step:,}; the same command with --resume goes on from here")
             sys.exit(128 + interrupted[0])
         losses, clock = [], time.time()

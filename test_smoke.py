@@ -226,6 +226,11 @@ def test_image_folder_is_decoded_once(folder, here, capsys):
     second = distill.load_data(str(folder), 16)
     assert capsys.readouterr().out == "" and torch.equal(first.train_x, second.train_x)
     assert distill.load_data(str(folder), 8).test_x.shape == (24, 3, 8, 8)  # another size is another cache
+    shutil.copytree(folder, "copy")
+    Path("copy/test").rename("copy/val")
+    assert torch.equal(distill.load_data("copy", 16).test_x, first.test_x)
+    Image.new("RGB", (16, 16)).save("copy/train/ant/0.png")  # one file changed: decoded anew
+    assert not torch.equal(distill.load_data("copy", 16).train_x, first.train_x)
 
 
 @pytest.fixture
@@ -293,6 +298,30 @@ def test_at_eps_0_without_batch_norm_the_student_stays_exactly_put(folder, here)
     assert same(still["student"], still["teacher"])
     pushed = run(folder, *common, "--kl", "log-softmax", out="runs/b")
     assert pushed["log"][-1]["distance"] > 0
+
+
+def test_the_fixed_point_is_unstable_under_adam():
+    """While gradients are far below Adam's eps, it is momentum descent at rate lr/eps = 1e5, stable for curvatures < 38·eps/lr."""
+    data = distill.dead_leaves(n_train=10, n_test=1)
+    images = distill.normalise(data.train_x, distill.channel_stats(data.train_x))
+    teacher, student = (distill.random_network(0, "vgg11", 1024) for _ in range(2))
+    autocast, _ = distill.amp_tools("off", torch.device("cpu"))
+    with torch.no_grad():
+        target = teacher.bottleneck(images, autocast) @ teacher.rows().T
+    theta, theta_t = list(student.parameters()), list(teacher.parameters())
+    torch.manual_seed(0)
+    direction = [torch.randn_like(p) for p in theta]
+    for _ in range(8):  # power iteration: the gradient is 0 at the teacher, so at the teacher + δ·v it is δ·H·v
+        norm = distill.distance(direction, [0 * p for p in direction])
+        with torch.no_grad():
+            for p, q, v in zip(theta, theta_t, direction):
+                p.copy_(q + 0.01 * v / norm)
+        kl = distill.KLDivergence.apply(target, student.bottleneck(images, autocast) @ student.rows().T)
+        direction = [g / 0.01 for g in torch.autograd.grad(kl, theta)]
+    curvature = distill.distance(direction, [0 * p for p in direction])
+    print(f"largest curvature of the KL at the teacher: {curvature:.2f}")
+    assert curvature == pytest.approx(2 * kl.item() / 0.01**2, rel=0.1)  # KL = λδ²/2 along the top direction
+    assert curvature > 1000 * 38 * 1e-8 / 1e-3
 
 
 def test_teacher_table_equals_a_live_teacher(folder, here):
