@@ -135,6 +135,15 @@ def test_only_the_encoder_is_autocast():
     assert seen == {"encoder": torch.bfloat16, "mlp": torch.float32}
 
 
+def test_amp_auto_is_float32_without_batch_norm_and_bf16_where_fast(monkeypatch):
+    cpu = torch.device("cpu")
+    for flags, expected in (("avx2 avx512_bf16", "bf16"), ("avx2 amx_bf16 amx_tile", "bf16"), ("avx2", "off")):
+        monkeypatch.setattr(Path, "read_text", lambda self: flags)
+        monkeypatch.setattr(Path, "exists", lambda self: True)
+        assert distill.pick_amp("auto", cpu, "resnet20") == expected
+        assert distill.pick_amp("auto", cpu, "vgg11") == "off" and distill.pick_amp("bf16", cpu, "vgg11") == "bf16"
+
+
 # ---- Student initialisation and loss ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.6, 1.0])
@@ -291,13 +300,13 @@ def test_training_lowers_the_kl_and_leaves_the_teacher_alone(folder, here, devic
     assert float(rows[-1]["distance"]) > 0 and rows[0]["knn"] and rows[-1]["knn"] and not rows[3]["knn"] == rows[-1]["knn"] == ""
 
 
-def test_at_eps_0_without_batch_norm_the_student_stays_exactly_put(folder, here):
+def test_at_eps_0_without_batch_norm_the_student_stays_exactly_put(folder, here, capsys):
     common = ["--arch", "vgg11", "--image-size", "32", "--amp", "off", "--live-teacher", "--steps", 3, "--log-every", 1]
     still = run(folder, *common)
     assert [row["kl"] for row in still["log"][1:]] == [0] * 3 and still["log"][-1]["distance"] == 0
-    assert same(still["student"], still["teacher"])
+    assert same(still["student"], still["teacher"]) and capsys.readouterr().out.count("take --init-eps 1e-10") == 1
     pushed = run(folder, *common, "--kl", "log-softmax", out="runs/b")
-    assert pushed["log"][-1]["distance"] > 0
+    assert pushed["log"][-1]["distance"] > 0 and "take --init-eps" not in capsys.readouterr().out
 
 
 def test_the_fixed_point_is_unstable_under_adam():
