@@ -435,6 +435,12 @@ def test_logistic_regression_is_at_the_minimum():
     assert (weight.grad / curvature.sqrt()).abs().max() < 1e-4 and bias.grad.abs().max() < 1e-4
 
 
+def test_converged_probe_survives_collapsed_features():
+    train, test = ((torch.cat([x, x, x * 0, x * 0 + 0.1, x * 1e-12], 1), y) for x, y in (clusters(600), clusters(300, seed=1)))
+    assert probe.linear_probe_converged(train, test, 3) > 95
+    assert probe.linear_probe_converged((train[0] * 0, train[1]), (test[0] * 0, test[1]), 3) == pytest.approx(100 / 3, abs=1)
+
+
 def test_knn_against_brute_force_and_its_ties():
     train, test = clusters(200, spread=6.0), clusters(70, spread=6.0, seed=1)
     correct = 0
