@@ -8,7 +8,7 @@
 Method: "Random Teachers are Good Teachers", Sarnthein et al., ICML 2023, arXiv 2302.12091. This file, in the order the
 data flows: models, data, student initialisation, loss, the training loop, checkpoints, main.
 """
-import argparse, csv, hashlib, math, os, pickle, signal, socket, sys, time, warnings
+import argparse, csv, hashlib, io, math, os, pickle, signal, socket, sys, time, warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -69,7 +69,7 @@ ARCHS = {  # name: (encoder for an image size, embedding width r)
 
 
 class Network(nn.Module):
-    """Encoder, projector MLP and L2 bottleneck (App. E.1): images (B, 3, s, s) -> m logits, each a cosine in [-1, 1].
+    """Encoder, projector MLP and L2 bottleneck (App. E.1). The m logits, cosines in [-1, 1], are bottleneck(x) @ rows().T.
 
     `raw_rows` leaves the m rows of the last layer unnormalised, as the paper's released code does: logits shrink by the
     rows' norm, about 0.02·√256 = 0.32, and the KL by about its square.
@@ -180,7 +180,7 @@ def cifar(name, data_dir, mirror):
     socket.setdefaulttimeout(60)  # a silent host is an error, not a wait for ever
     try:
         parts = [source(data_dir, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise Problem(f"cannot download {source.url} ({str(error).splitlines()[0]}): use --dataset leaves, a folder of "
                       f"images, or --mirror URL of a directory that holds {source.filename}")
     arrays = [a for part in parts for a in (torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets))]
@@ -293,10 +293,10 @@ def init_student(teacher, draw, eps):
     Every parameter moves, as in the released code; norm weights, 1 in both draws, become (1+ε)/√(1+ε²), at most √2.
     Buffers (batch-norm statistics) start fresh.
     """
-    scale = math.sqrt(1 + eps**2)
+    scale = math.hypot(1, eps)
     for theta_t, theta in zip(teacher.parameters(), draw.parameters()):
         if eps < math.inf:
-            theta.copy_((theta_t + eps * theta) / scale)
+            theta.copy_(theta_t / scale + theta * (eps / scale))
     return draw
 
 
@@ -305,8 +305,8 @@ class KLDivergence(torch.autograd.Function):
 
     The KL here is about 1e-6 nats: two log-softmaxes, whose entries sit near −ln 65536 = −11, would lose most of it to
     float32 rounding. With p the teacher's softmax and d = student − teacher logits, shifted so that Σ p·d = 0, it is
-    log(1 + s) for s = Σ p·(e^d − 1 − d), a sum of terms ≥ 0 in which nothing cancels. The gradient is p_student − p; that
-    difference, too, has a form without cancellation, and is exactly 0 where the logits agree.
+    log(1 + s) for s = Σ p·(e^d − 1 − d): a sum of small terms ≥ 0, not a difference of large ones. The gradient,
+    p_student − p, is p·(e^d − 1 − s)/(1 + s) by the same algebra, and exactly 0 where the logits agree.
     """
     @staticmethod
     def forward(ctx, teacher_logits, student_logits):
@@ -340,7 +340,7 @@ def distance(parameters, start):
 # ---- The training loop -----------------------------------------------------------------------------------------------
 
 def train(batch_loss, n, optimizer, scaler, *, steps, batch_size, seed, start=0):
-    """Train, and yield (step, loss) after every optimiser step: step 1..steps, loss a detached scalar on the device.
+    """Train, and yield (step, loss) after every optimiser step: step start+1..steps, loss a detached scalar on the device.
 
     `batch_loss(index)` maps a batch of indices (B,) int64 into 0..n-1 to a scalar loss; whatever distinguishes
     distillation from supervised training is in that function, and the caller logs, probes and saves between steps.
@@ -363,7 +363,7 @@ def train(batch_loss, n, optimizer, scaler, *, steps, batch_size, seed, start=0)
 def pick_device(name):
     """The torch.device for --device auto, cpu or cuda. Raises Problem for cuda where there is none."""
     torch.backends.cudnn.benchmark = True  # one shape of batch: worth finding its fastest convolution
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32; --amp is the switch for less
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 is float32; --amp is for less
     if name == "cuda" and not torch.cuda.is_available():
         raise Problem("--device cuda, but torch sees no CUDA device here: use --device cpu")
     return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
@@ -414,8 +414,8 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def read_checkpoint(path, device="cpu"):
-    """The whole checkpoint of a run directory or .pt file, as a dict of plain values and tensors.
+def read_checkpoint(path):
+    """The whole checkpoint of a run directory or .pt file, on the CPU, as a dict of plain values and tensors.
 
     Raises Problem if it is missing, truncated or not one of ours. No pickled code runs, so a stranger's file is safe.
     """
@@ -426,8 +426,8 @@ def read_checkpoint(path, device="cpu"):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch thinks of foreign files; ours get a line of their own below
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
         raise Problem(f"{path} is truncated or not a checkpoint: delete it and distil again") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise Problem(f"{path} is not a checkpoint of distill.py ({FORMAT}): name a run directory that distill.py made")
@@ -442,8 +442,11 @@ def load_checkpoint(path, device="cpu"):
     checkpoint = read_checkpoint(path)
     encoders = []
     for role in ("teacher", "student"):
-        network = Network(*(checkpoint["config"][key] for key in SHAPE))
-        network.load_state_dict(checkpoint[role])
+        try:
+            network = Network(*(checkpoint["config"][key] for key in SHAPE))
+            network.load_state_dict(checkpoint[role])
+        except (KeyError, RuntimeError) as error:
+            raise Problem(f"{path} does not fit this version of distill.py ({str(error).splitlines()[0]}): distil again")
         encoders.append(network.encoder.eval().requires_grad_(False).to(device, memory_format=torch.channels_last))
     return *encoders, checkpoint["config"]
 
@@ -474,7 +477,7 @@ def parse_args(argv=None):
     add("--dataset", f"{', '.join(DATASETS)}, or a folder that holds train/<class>/ and test/<class>/ (or val/)", "cifar10")
     add("--probe-dataset", "labelled data for the probes (default: --dataset); noise needs it")
     add("--n-samples", "distil on a stratified subset of so many training images (default: all)", type=positive)
-    add("--image-size", "images are resized to a square of so many pixels", 32, type=at_least(8, int))
+    add("--image-size", "images are resized to so many pixels square; those of a folder keep their shape and are cropped", 32, type=at_least(8, int))
     add("--out-dim", "number of logits m; 1024 spares a CPU much work and costs little (Fig. 10)", 2**16, type=positive)
     add("--raw-rows", "leave the last layer's rows unnormalised, as the released code does: the KL is 10 times smaller",
         False, action="store_true")
@@ -497,6 +500,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.dataset == "noise" and args.probe_dataset in (None, "noise"):
         parser.error("noise has no labels: name a labelled data set with --probe-dataset, for example leaves")
+    if args.seed >= 2**62:
+        parser.error("--seed must be below 2**62")
     if args.arch.startswith("vgg") and args.image_size < 32:
         parser.error("VGG halves the image five times: --image-size must be at least 32")
     args.out = args.out or Path(f"runs/{Path(args.dataset).name}-{args.arch}-eps{args.init_eps:g}-seed{args.seed}")
@@ -510,11 +515,15 @@ LOG_COLUMNS = ("step", "epoch", "kl", "distance", "images_per_s", "linear_paper"
 def open_run(out, config):
     """The checkpoint to go on from in the run directory `out`, or None. Raises Problem rather than mix or lose runs."""
     path = out / "last.pt"
+    if out.exists() and not out.is_dir():
+        raise Problem(f"{out} is a file: name a directory with --out")
     if not path.exists():
         return None
     if not config["resume"]:
         raise Problem(f"{path} exists: add --resume to go on with that run, or name another directory with --out")
     checkpoint = read_checkpoint(path)
+    if config["amp"] == "auto":
+        config["amp"] = checkpoint["config"]["amp"]
     for key, value in config.items():
         before = checkpoint["config"].get(key)
         if before != value and key not in MAY_CHANGE:
@@ -526,9 +535,9 @@ def main(argv=None):
     from probe import PROBES, evaluate  # here, because probe.py imports this file
     args = parse_args(argv)
     device = pick_device(args.device)
-    args.amp = pick_amp(args.amp, device, args.arch)
     config, path = {**vars(args), "out": str(args.out)}, args.out / "last.pt"
     checkpoint = open_run(args.out, config)
+    args.amp = config["amp"] = pick_amp(config["amp"], device, args.arch)
 
     # Data: the student sees `images` alone; labels are for the probes
     load = lambda name: load_data(name, args.image_size, args.data_dir, args.mirror)
@@ -544,11 +553,14 @@ def main(argv=None):
     log_every, eval_every = args.log_every or min(per_epoch, 100), args.eval_every or max(1, steps // 10)
 
     # Teacher and student. The teacher is in eval mode: its batch norms use their initial statistics, mean 0 and variance 1,
-    # while the student's use each batch's own. So with batch norm the two differ even at ε=0.
+    # while the student's use each batch's own. So with batch norm the two differ even at ε=0. (Seeds: teachers are even.)
     shape = [config[key] for key in SHAPE]
     teacher = random_network(2 * args.seed, *shape)
     student = init_student(teacher, random_network(2 * args.seed + 1, *shape), args.init_eps)
     teacher.requires_grad_(False).train(args.teacher_mode == "train").to(device)
+    for module in teacher.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0  # even in train mode it keeps its initial statistics for the probes: the teacher is frozen
     student.train().to(device)
     theta = list(student.parameters())
     theta_0 = [p.detach().clone() for p in theta]
@@ -562,17 +574,17 @@ def main(argv=None):
 
     # The teacher runs once: it is frozen, the images are not augmented, and in eval mode its output for an image does not
     # depend on the rest of the batch. So n bottleneck vectors hold all it will ever say, and a step costs no teacher encoder.
-    float32, table = amp_tools("off", device)[0], None
+    full_precision, table = amp_tools("off", device)[0], None
     teacher_rows = teacher.rows()
     if args.teacher_mode == "eval" and not args.live_teacher:
         with torch.no_grad():
-            table = torch.cat([teacher.bottleneck(normalise(x, stats), float32) for x in images.split(args.batch_size)])
+            table = torch.cat([teacher.bottleneck(normalise(x, stats), full_precision) for x in images.split(args.batch_size)])
 
     def batch_loss(index):
         """Indices (B,) of images -> the KL of the student from the teacher."""
         x = normalise(images[index], stats)
         with torch.no_grad():
-            target = table[index] if table is not None else teacher.bottleneck(x, float32)
+            target = table[index] if table is not None else teacher.bottleneck(x, full_precision)
             teacher_logits = target @ teacher_rows.T
         return KL_FORMS[args.kl](teacher_logits, student.bottleneck(x, autocast) @ student.rows().T)
 
@@ -582,20 +594,21 @@ def main(argv=None):
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
             "step": step, "log": log}, file))
 
+    scores = lambda probes: "".join(f"{probes[probe]:20.2f}" for probe in PROBES if probes)
+
     def log_row(kl, speed, probes):
         """One line on the screen and in log.csv: mean KL and images/s since the last line, and any probes (%)."""
         log.append({"step": step, "epoch": step / per_epoch, "kl": kl, "distance": distance(theta, theta_0),
                     "images_per_s": speed, **probes})
-        with open(args.out / "log.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, LOG_COLUMNS)
-            writer.writeheader()
-            writer.writerows(log)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, LOG_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(log)
+        write_atomically(args.out / "log.csv", lambda file: file.write(text.getvalue().encode()))
         eta = timedelta(seconds=round((steps - step) * args.batch_size / speed)) if speed else ""
         print(f"{step:7d} {step / per_epoch:7.1f} {kl:10.3e} {log[-1]['distance']:9.3f} {speed:9.0f} {eta!s:>9}" + scores(probes),
               flush=True)
 
-    scores = lambda probes: "".join(f"{probes[probe]:20.2f}" for probe in PROBES if probes)
-    args.out.mkdir(parents=True, exist_ok=True)
     print(f"{args.arch} on {args.dataset}: {n:,} images, {steps:,} steps of {args.batch_size}, m={args.out_dim:,}, "
           f"ε={args.init_eps:g}, seed {args.seed}, {device.type}, amp {args.amp} -> {args.out}")
     print(f"{'step':>7} {'epoch':>7} {'KL (nats)':>10} {'from init':>9} {'images/s':>9} {'ETA':>9}"
@@ -609,23 +622,25 @@ def main(argv=None):
     interrupted = []
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, or a cluster that wants its node back: stop after this step
         signal.signal(number, lambda number, frame: interrupted.append(number))
-    losses, first, clock = [], step, time.time()
-    saved = clock
+    losses, first, started = [], step, time.time()
+    clock = saved = started
     for step, loss in train(batch_loss, n, optimizer, scaler, steps=steps, batch_size=args.batch_size, seed=args.seed, start=step):
         losses.append(loss)  # left on the device: to ask for its value at every step would keep the GPU waiting
-        if device.type == "cpu" and step == first + 5 and (hours := (steps - step) * (time.time() - clock) / 5 / 3600) > 1:
+        if device.type == "cpu" and step == first + 5 and (hours := (steps - step) * (time.time() - started) / 5 / 3600) > 1:
             print(f"this CPU needs about {hours:.0f} hours for {steps:,} steps; going on, but `bash run_all.sh quick` shows the "
                   f"effect in minutes", flush=True)
         probing = step == steps or step % eval_every == 0 and not interrupted
         if not (probing or interrupted or step % log_every == 0):
             continue
         losses = torch.stack(losses).tolist()
-        for i, value in enumerate(losses, step - len(losses) + 1):
-            if not math.isfinite(value):
+        for i, value in enumerate(losses + [distance(theta, theta_0)], step - len(losses) + 1):
+            if not math.isfinite(value):  # the distance stands for the next step's loss
                 raise Problem(f"the loss became {value} at step {i}: lower --lr or take --amp off; what {args.out} held is kept")
         speed = len(losses) * args.batch_size / (time.time() - clock)
+        if probing:
+            save()  # a probe can take longer than its steps, and fail
         log_row(sum(losses) / len(losses), speed, evaluate(student.encoder, probe_data) if probing else {})
-        if log[-1]["distance"] == 0 and len(log) == 2:
+        if log[-1]["kl"] == log[-1]["distance"] == 0 and len(log) == 2:
             print("the student has not moved: without batch norm ε=0 is a fixed point, and here nothing rounds it away "
                   "(README, \"The fixed point\"); take --init-eps 1e-10", flush=True)
         if probing or interrupted or time.time() - saved > 600:
@@ -637,7 +652,8 @@ def main(argv=None):
         losses, clock = [], time.time()
     for probe, title in PROBES.items():
         before, after = teacher_probes[probe], log[-1][probe]
-        print(f"{title:>20}: teacher {before:.2f} -> student {after:.2f} ({after - before:+.2f})")
+        best = max((row for row in log if probe in row), key=lambda row: row[probe])
+        print(f"{title:>20}: teacher {before:.2f} -> student {after:.2f} ({after - before:+.2f}), best {best[probe]:.2f} at step {best['step']:,}")
 
 
 def run_cli(main):
@@ -646,6 +662,8 @@ def run_cli(main):
         main()
     except (Problem, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except torch.cuda.OutOfMemoryError:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: the GPU's memory is full: lower --batch-size or --out-dim, or --device cpu")
     except KeyboardInterrupt:
         sys.exit(130)
 

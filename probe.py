@@ -110,7 +110,7 @@ def knn_probe(train, test, n_classes, k=20):
     x, correct = train[0] - centre, 0
     for query, labels in zip((test[0] - centre).split(500), test[1].split(500)):
         squared = x.square().sum(1) - 2 * query @ x.T  # + |query|², the same for all neighbours
-        neighbours = train[1][squared.topk(k, largest=False).indices]
+        neighbours = train[1][squared.topk(min(k, len(x)), largest=False).indices]
         votes = F.one_hot(neighbours, n_classes).sum(1)
         correct += (votes.argmax(1) == labels).sum().item()  # argmax takes the first of equals
     return 100 * correct / len(test[1])
@@ -161,7 +161,8 @@ def print_table(raw, teachers, students):
         rows.append((f"teacher {arch}", [(probes, None) for a, probes in teachers if a == arch]))
     kinds = {}
     for path, config, teacher_probes, probes in students:
-        kind = tuple(item for item in config.items() if item[0] not in ("seed", "out", "resume", "device", "log_every"))
+        kind = tuple(item for item in config.items() if item[0] not in
+                     ("seed", "out", "resume", "device", "log_every", "eval_every", "data_dir", "mirror"))
         kinds.setdefault(kind, []).append((path.name, probes, teacher_probes))
     for kind in kinds.values():
         name = kind[0][0] if len(kind) == 1 else re.sub(r"[-_]?seed\d+$", "", kind[0][0])
@@ -223,6 +224,8 @@ def main(argv=None):
         parser.error("name one or more run directories, or --teacher ARCH --dataset DATA")
     if args.figure and not args.runs:
         parser.error("--figure draws runs: name one or more run directories")
+    if args.figure and args.figure.suffix not in (".png", ".pdf", ".svg"):
+        parser.error("--figure wants a name that ends in .png, .pdf or .svg")
     device = pick_device(args.device)
 
     runs = [(path, *load_checkpoint(path, device)) for path in args.runs]
@@ -238,7 +241,7 @@ def main(argv=None):
         return probes
 
     raw = probe("raw pixels", nn.Flatten())
-    teachers = [(arch, probe(f"teacher {arch}, seed {seed}", random_network(2 * seed, arch, 1).encoder.to(device)))
+    teachers = [(arch, probe(f"teacher {arch}, seed {seed}", random_network(2 * seed, arch, 1, image_size).encoder.to(device)))
                 for arch in args.teacher for seed in range(args.seeds)]
     students, known = [], {}  # a teacher that several runs share is probed once
     for path, teacher, student, config in runs:
@@ -252,8 +255,9 @@ def main(argv=None):
     print_table(raw, teachers, students)
     if args.json:
         mean = lambda *results: {probe: round(statistics.mean(r[probe] for r in results), 4) for probe in PROBES}
+        unique = len({path.name for path in args.runs}) == len(args.runs)
         write_json(args.json, {"raw": mean(raw), "teacher": mean(*(probes for _, probes in teachers)),
-                               "students": {path.name: mean(probes) for path, _, _, probes in students}})
+                               "students": {path.name if unique else str(path): mean(probes) for path, _, _, probes in students}})
     if args.figure:
         draw(args.figure, raw, teachers, students)
 

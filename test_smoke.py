@@ -146,6 +146,12 @@ def test_amp_auto_is_float32_without_batch_norm_and_bf16_where_fast(monkeypatch)
 
 # ---- Student initialisation and loss ---------------------------------------------------------------------------------
 
+def test_a_huge_init_eps_is_an_independent_start():
+    far, independent = (distill.init_student(distill.random_network(0, "resnet20", 4), distill.random_network(1, "resnet20", 4), eps)
+                        for eps in (1e200, math.inf))
+    assert same(far.state_dict(), independent.state_dict())
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.6, 1.0])
 def test_init_eps_is_the_papers_alpha(alpha):
     eps = alpha / (1 - alpha) if alpha < 1 else math.inf
@@ -175,7 +181,7 @@ def test_kl_and_its_gradient_against_float64_autograd(difference):
     student.requires_grad_()
     kl = distill.KLDivergence.apply(teacher, student)
     kl.backward()
-    assert kl.item() == pytest.approx(kl64.item(), rel=1e-4)
+    assert kl.item() == pytest.approx(kl64.item(), rel=5e-3 if difference == 1e-6 else 1e-5, abs=0)
     assert (student.grad - exact.grad).norm() < 1e-4 * exact.grad.norm()
     other = distill.kl_by_log_softmax(teacher, student)
     assert other.item() == pytest.approx(kl64.item(), rel=1e-3, abs=2e-7)  # float32 log-softmax knows no more
@@ -279,7 +285,7 @@ def test_cifar_comes_from_a_mirror_but_the_md5_check_stays(mirror, here, monkeyp
 
 
 def test_failed_download_names_the_ways_out(mirror, here):
-    for url in (None, mirror + "nowhere"):
+    for url in (None, mirror + "nowhere", "no-url"):
         with pytest.raises(Problem, match=r"--dataset leaves.*folder.*--mirror"):
             distill.load_data("cifar10", mirror=url)
 
@@ -289,7 +295,7 @@ def test_failed_download_names_the_ways_out(mirror, here):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_training_lowers_the_kl_and_leaves_the_teacher_alone(folder, here, device, amp):
-    checkpoint = run(folder, "--steps", 40, "--log-every", 4, "--amp", amp, "--device", device, "--init-eps", "inf")
+    checkpoint = run(folder, "--steps", 40, "--log-every", 4, "--amp", amp, "--device", device, "--init-eps", "inf", "--eval-every", 20)
     fresh = distill.random_network(0, "resnet20", 64, 16)
     assert same({k: v.cpu() for k, v in checkpoint["teacher"].items()}, fresh.state_dict())
     kls = [row["kl"] for row in checkpoint["log"][1:]]
@@ -297,7 +303,7 @@ def test_training_lowers_the_kl_and_leaves_the_teacher_alone(folder, here, devic
     with open("runs/a/log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == list(range(0, 41, 4)) and float(rows[-1]["kl"]) == kls[-1]
-    assert float(rows[-1]["distance"]) > 0 and rows[0]["knn"] and rows[-1]["knn"] and not rows[3]["knn"] == rows[-1]["knn"] == ""
+    assert float(rows[-1]["distance"]) > 0 and [bool(row["knn"]) for row in rows] == [step % 20 == 0 for step in range(0, 41, 4)]
 
 
 def test_at_eps_0_without_batch_norm_the_student_stays_exactly_put(folder, here, capsys):
@@ -341,7 +347,8 @@ def test_teacher_table_equals_a_live_teacher(folder, here):
 
 def test_teacher_in_train_mode_uses_batch_statistics(folder, here):
     checkpoint = run(folder, "--steps", 4, "--teacher-mode", "train", "--amp", "off", "--log-every", 1)
-    assert checkpoint["teacher"]["encoder.1.num_batches_tracked"] == 4
+    assert checkpoint["teacher"]["encoder.1.num_batches_tracked"] == 4  # it ran on batches, yet
+    assert (checkpoint["teacher"]["encoder.1.running_mean"] == 0).all()  # it is as it was
     assert checkpoint["log"][1]["kl"] < 1e-12  # at ε=0 teacher and student now see the same statistics: KL ≈ 0
     eval_mode = run(folder, "--steps", 4, "--amp", "off", "--log-every", 1, out="runs/b")
     assert eval_mode["log"][1]["kl"] > 1e-7
@@ -539,6 +546,10 @@ def test_bad_checkpoints(folder, here):
     Path("evil.pt").write_bytes(pickle.dumps(print))  # a pickle that names code: refused, not run
     one_line(cli("probe.py", "evil.pt"), "not a checkpoint")
     problem(probe.main, "runs/nowhere", says=["no checkpoint"])
+    torch.save({"format": distill.FORMAT, "config": {"arch": "vit"}}, "old.pt")
+    problem(probe.main, "old.pt", says=["does not fit"])
+    Path("file").touch()
+    problem(distill.main, *SMALL, "--dataset", folder, "--out", "file", says=["is a file"])
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(folder, here):
@@ -548,6 +559,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(folder, here):
     one_line(cli("distill.py", *command), "--resume")
     problem(distill.main, *command, "--resume", "--arch", "resnet56", says=["--arch resnet20, not resnet56"])
     problem(distill.main, *command, "--resume", "--lr", 0.1, says=["--lr 0.001, not 0.1"])
+    problem(distill.main, *command, "--resume", "--amp", "fp16", says=["not fp16"])
     assert Path("runs/a/last.pt").read_bytes() == before
 
 
