@@ -468,7 +468,8 @@ def parse_args(argv=None):
     positive = at_least(1, int)
 
     def add(name, help, default=None, **options):
-        parser.add_argument(name, default=default, help=help + (f" (default: {default})" if default is not None else ""), **options)
+        shown = "" if default is None or default is False else f" (default: {default})"
+        parser.add_argument(name, default=default, help=help + shown, **options)
 
     add("--arch", "encoder; on a CPU take resnet20", "resnet18", choices=ARCHS)
     add("--init-eps", "student = (teacher + ε·draw)/√(1+ε²): 0 starts at the teacher, inf independently of it; the paper's "
@@ -477,7 +478,8 @@ def parse_args(argv=None):
     add("--dataset", f"{', '.join(DATASETS)}, or a folder that holds train/<class>/ and test/<class>/ (or val/)", "cifar10")
     add("--probe-dataset", "labelled data for the probes (default: --dataset); noise needs it")
     add("--n-samples", "distil on a stratified subset of so many training images (default: all)", type=positive)
-    add("--image-size", "images are resized to so many pixels square; those of a folder keep their shape and are cropped", 32, type=at_least(8, int))
+    add("--image-size", "images are resized to so many pixels square; those of a folder keep their shape and are cropped", 32,
+        type=at_least(8, int))
     add("--out-dim", "number of logits m; 1024 spares a CPU much work and costs little (Fig. 10)", 2**16, type=positive)
     add("--raw-rows", "leave the last layer's rows unnormalised, as the released code does: the KL is 10 times smaller",
         False, action="store_true")
@@ -490,7 +492,8 @@ def parse_args(argv=None):
     add("--lr", "AdamW's constant learning rate; weight decay is 0", 1e-3, type=at_least(0, float))
     add("--seed", "of the teacher, the student's draw and the order of the data", 0, type=at_least(0, int))
     add("--device", "auto: cuda where there is one", "auto", choices=("auto", "cpu", "cuda"))
-    add("--amp", "16-bit encoder; auto: where the hardware is fast at it, but not for vgg*, which needs float32", "auto", choices=("auto", "bf16", "fp16", "off"))
+    add("--amp", "16-bit encoder; auto: where the hardware is fast at it, but not for vgg*, which needs float32", "auto",
+        choices=("auto", "bf16", "fp16", "off"))
     add("--log-every", "steps between log lines (default: an epoch, at most 100)", type=positive)
     add("--eval-every", "steps between probes, with a checkpoint each (default: a tenth of the run)", type=positive)
     add("--out", "run directory (default: runs/<dataset>-<arch>-eps<ε>-seed<seed>)", type=Path)
@@ -653,7 +656,8 @@ def main(argv=None):
     for probe, title in PROBES.items():
         before, after = teacher_probes[probe], log[-1][probe]
         best = max((row for row in log if probe in row), key=lambda row: row[probe])
-        print(f"{title:>20}: teacher {before:.2f} -> student {after:.2f} ({after - before:+.2f}), best {best[probe]:.2f} at step {best['step']:,}")
+        print(f"{title:>20}: teacher {before:.2f} -> student {after:.2f} ({after - before:+.2f}); "
+              f"best {best[probe]:.2f} at step {best['step']:,}")
 
 
 def run_cli(main):

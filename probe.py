@@ -137,7 +137,8 @@ def write_json(path, result):
 
 def common_data(configs, dataset):
     """(data set, image size) to probe runs with these configs on: `dataset`, or what all of them used. Raises Problem."""
-    sizes, names = {config["image_size"] for config in configs}, {config["probe_dataset"] or config["dataset"] for config in configs}
+    sizes = {config["image_size"] for config in configs}
+    names = {config["probe_dataset"] or config["dataset"] for config in configs}
     if len(sizes) > 1:
         raise Problem("these runs were trained on images of different sizes: probe them apart")
     if not dataset and len(names) > 1:
@@ -211,7 +212,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, help="run directories of distill.py, or checkpoint files")
-    add("--teacher", nargs="+", choices=ARCHS, default=[], metavar="ARCH", help=f"probe random teachers of these kinds, without a run: {', '.join(ARCHS)}")
+    add("--teacher", nargs="+", choices=ARCHS, default=[], metavar="ARCH",
+        help=f"probe random teachers of these kinds, without a run: {', '.join(ARCHS)}")
     add("--seeds", type=at_least(1, int), default=1, help="how many random teachers of each kind, with --teacher (default: 1)")
     add("--dataset", help=f"data to probe on: {', '.join(DATASETS[:3])}, or a folder of images (default: what the runs used)")
     add("--json", type=Path, help="also write the accuracies of raw pixels, teacher (mean) and each student to this file")
