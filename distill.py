@@ -372,8 +372,8 @@ def pick_device(name):
 def pick_amp(amp, device, arch):
     """Resolve --amp auto: bf16 where the hardware multiplies it fast, else fp16 on CUDA, else float32 ("off").
 
-    Float32 for VGG as well: without batch norm all images get nearly the same activations, and 8 bits of mantissa lose
-    what tells them apart. Measured (README, "Real images"): in bf16 VGG11 hardly learns, while ResNet20 learns as in float32.
+    Float32 for VGG as well: measured (README, "Real images"), in bf16 VGG11 hardly learns, while ResNet20 learns as in
+    float32. Without batch norm all images get nearly the same activations; 8 bits of mantissa may lose the difference.
     """
     if amp != "auto":
         return amp
