@@ -580,6 +580,7 @@ def main(argv=None):
     full_precision, table = amp_tools("off", device)[0], None
     teacher_rows = teacher.rows()
     if args.teacher_mode == "eval" and not args.live_teacher:
+        print(f"running the teacher once over {n:,} images, then probing it", flush=True)
         with torch.no_grad():
             table = torch.cat([teacher.bottleneck(normalise(x, stats), full_precision) for x in images.split(args.batch_size)])
 
@@ -615,7 +616,7 @@ def main(argv=None):
     print(f"{args.arch} on {args.dataset}: {n:,} images, {steps:,} steps of {args.batch_size}, m={args.out_dim:,}, "
           f"ε={args.init_eps:g}, seed {args.seed}, {device.type}, amp {args.amp} -> {args.out}")
     print(f"{'step':>7} {'epoch':>7} {'KL (nats)':>10} {'from init':>9} {'images/s':>9} {'ETA':>9}"
-          + "".join(f"{title:>20}" for title in PROBES.values()))
+          + "".join(f"{title:>20}" for title in PROBES.values()), flush=True)
     teacher_probes = evaluate(teacher.encoder, probe_data)
     print(f"{'teacher':>7}{'':49}" + scores(teacher_probes), flush=True)
     if step == 0:  # at ε=0 the student's encoder is still the teacher's
