@@ -372,8 +372,8 @@ def pick_device(name):
 def pick_amp(amp, device, arch):
     """Resolve --amp auto: bf16 where the hardware multiplies it fast, else fp16 on CUDA, else float32 ("off").
 
-    Float32 for VGG as well: measured (README, "Real images"), in bf16 VGG11 hardly learns, while ResNet20 learns as in
-    float32. Without batch norm all images get nearly the same activations; 8 bits of mantissa may lose the difference.
+    Float32 for VGG as well: in the one bf16 run we measured (README, "Real images") VGG11 hardly learned, while ResNet20
+    learns as in float32.
     """
     if amp != "auto":
         return amp
@@ -423,12 +423,12 @@ def read_checkpoint(path):
     path = path / "last.pt" if path.is_dir() else path
     if not path.exists():
         raise Problem(f"no checkpoint at {path}: make one with distill.py, or name its run directory")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch thinks of foreign files; ours get a line of their own below
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
-        raise Problem(f"{path} is truncated or not a checkpoint: delete it and distil again") from None
+    with open(path, "rb") as file, warnings.catch_warnings():  # a file that cannot be opened is an OSError that names it
+        warnings.simplefilter("ignore")  # what torch thinks of foreign files; ours get a line of their own below
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
+            raise Problem(f"{path} is truncated or not a checkpoint: delete it and distil again") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise Problem(f"{path} is not a checkpoint of distill.py ({FORMAT}): name a run directory that distill.py made")
     return checkpoint

@@ -306,6 +306,12 @@ def test_training_lowers_the_kl_and_leaves_the_teacher_alone(folder, here, devic
     assert float(rows[-1]["distance"]) > 0 and [bool(row["knn"]) for row in rows] == [step % 20 == 0 for step in range(0, 41, 4)]
 
 
+def test_raw_rows_shrink_the_kl_by_the_square_of_the_row_norm(folder, here):
+    cosines, raw = (run(folder, "--steps", 1, "--amp", "off", *extra, out=f"runs/{len(extra)}") for extra in ([], ["--raw-rows"]))
+    ratio = raw["log"][1]["kl"] / cosines["log"][1]["kl"]
+    assert ratio == pytest.approx(0.02**2 * 256, rel=0.3) and raw["config"]["raw_rows"]
+
+
 def test_at_eps_0_without_batch_norm_the_student_stays_exactly_put(folder, here, capsys):
     common = ["--arch", "vgg11", "--image-size", "32", "--amp", "off", "--live-teacher", "--steps", 3, "--log-every", 1]
     still = run(folder, *common)
@@ -537,6 +543,9 @@ def test_unknown_data_set_and_bad_folders(folder, here):
 def test_bad_checkpoints(folder, here):
     run(folder, "--steps", 1)
     good = Path("runs/a/last.pt").read_bytes()
+    for length in (0, 1, 100, 5000, len(good) - 1):  # torch raises another error for each
+        Path("cut.pt").write_bytes(good[:length])
+        problem(probe.main, "cut.pt", says=["cut.pt is truncated"])
     Path("runs/a/last.pt").write_bytes(good[:len(good) // 2])
     one_line(cli("probe.py", "runs/a"), "truncated")
     problem(distill.main, *SMALL, "--dataset", folder, "--out", "runs/a", "--resume", says=["truncated"])
