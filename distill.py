@@ -395,7 +395,7 @@ def amp_tools(amp, device):
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
-FORMAT = "random-teachers-1"
+FORMATS = {"distill.py": "random-teachers-1", "prune.py": "random-teachers-prune-1"}
 
 
 def write_atomically(path, write):
@@ -414,23 +414,32 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def read_checkpoint(path):
-    """The whole checkpoint of a run directory or .pt file, on the CPU, as a dict of plain values and tensors.
+def write_csv(path, columns, rows):
+    """Write a list of dicts as a table with these columns; what a row lacks stays empty."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def read_checkpoint(path, script="distill.py"):
+    """The whole checkpoint of a run directory or .pt file of `script`, on the CPU, as a dict of plain values and tensors.
 
     Raises Problem if it is missing, truncated or not one of ours. No pickled code runs, so a stranger's file is safe.
     """
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
     if not path.exists():
-        raise Problem(f"no checkpoint at {path}: make one with distill.py, or name its run directory")
+        raise Problem(f"no checkpoint at {path}: make one with {script}, or name its run directory")
     with open(path, "rb") as file, warnings.catch_warnings():  # a file that cannot be opened is an OSError that names it
         warnings.simplefilter("ignore")  # what torch thinks of foreign files; ours get a line of their own below
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
-            raise Problem(f"{path} is truncated or not a checkpoint: delete it and distil again") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise Problem(f"{path} is not a checkpoint of distill.py ({FORMAT}): name a run directory that distill.py made")
+            raise Problem(f"{path} is truncated or not a checkpoint: delete it and run {script} again") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMATS[script]:
+        raise Problem(f"{path} is not a checkpoint of {script} ({FORMATS[script]}): name a run directory that {script} made")
     return checkpoint
 
 
@@ -515,7 +524,7 @@ MAY_CHANGE = {"epochs", "steps", "log_every", "eval_every", "resume", "device", 
 LOG_COLUMNS = ("step", "epoch", "kl", "distance", "images_per_s", "linear_paper", "linear_paper_last", "linear_converged", "knn")
 
 
-def open_run(out, config):
+def open_run(out, config, script="distill.py", may_change=MAY_CHANGE):
     """The checkpoint to go on from in the run directory `out`, or None. Raises Problem rather than mix or lose runs."""
     path = out / "last.pt"
     if out.exists() and not out.is_dir():
@@ -524,13 +533,13 @@ def open_run(out, config):
         return None
     if not config["resume"]:
         raise Problem(f"{path} exists: add --resume to go on with that run, or name another directory with --out")
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, script)
     if config["amp"] == "auto":
         config["amp"] = checkpoint["config"]["amp"]
     for key, value in config.items():
         before = checkpoint["config"].get(key)
-        if before != value and key not in MAY_CHANGE:
-            raise Problem(f"cannot resume {out}: it was run with --{key.replace('_', '-')} {before}, not {value}")
+        if before != value and key not in may_change:
+            raise Problem(f"cannot go on from {out}: it was run with --{key.replace('_', '-')} {before}, not {value}")
     return checkpoint
 
 
@@ -594,7 +603,7 @@ def main(argv=None):
 
     def save():
         write_atomically(path, lambda file: torch.save({
-            "format": FORMAT, "config": config, "teacher": teacher.state_dict(), "student": student.state_dict(),
+            "format": FORMATS["distill.py"], "config": config, "teacher": teacher.state_dict(), "student": student.state_dict(),
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
             "step": step, "log": log}, file))
 
@@ -604,11 +613,7 @@ def main(argv=None):
         """One line on the screen and in log.csv: mean KL and images/s since the last line, and any probes (%)."""
         log.append({"step": step, "epoch": step / per_epoch, "kl": kl, "distance": distance(theta, theta_0),
                     "images_per_s": speed, **probes})
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, LOG_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(log)
-        write_atomically(args.out / "log.csv", lambda file: file.write(text.getvalue().encode()))
+        write_csv(args.out / "log.csv", LOG_COLUMNS, log)
         eta = timedelta(seconds=round((steps - step) * args.batch_size / speed)) if speed else ""
         print(f"{step:7d} {step / per_epoch:7.1f} {kl:10.3e} {log[-1]['distance']:9.3f} {speed:9.0f} {eta!s:>9}" + scores(probes),
               flush=True)

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from PIL import Image
 
 import distill
 import probe
+import prune
 from distill import Problem
 
 REPO = Path(__file__).parent
@@ -498,9 +500,250 @@ def test_probe_table_json_and_figure(folder, tmp_path):
     assert Image.open(tmp_path / "out/f.png").size[0] > 1000
 
 
+# ---- Pruning ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def student(folder, tmp_path_factory):
+    """The run directory of a small distilled student."""
+    out = tmp_path_factory.mktemp("runs") / "s"
+    done = cli("distill.py", *SMALL, "--dataset", folder, "--steps", 2, "--out", out, "--data-dir", out.parent)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def prune_run(student, out, *args):
+    """A small pruning curve in this process: 3 trainings of 3 epochs of 4 steps; returns its checkpoint."""
+    prune.main([str(student), "--epochs", "3", "--batch-size", "16", "--rounds", "2", "--device", "cpu", "--out", str(out), *map(str, args)])
+    return distill.read_checkpoint(out, "prune.py")
+
+
+def curve(out):
+    """The log of a curve without its times."""
+    with open(Path(out) / "log.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_augment_flips_and_crops_whole_images():
+    images = torch.randint(1, 256, (200, 3, 8, 8), dtype=torch.uint8)
+    crops, padded, seen = prune.augment(images, seed=0, step=5), F.pad(images, [4] * 4), set()
+    for image, flipped, crop in zip(padded, padded.flip(3), crops):
+        for is_flipped, source in enumerate((image, flipped)):
+            for y in range(9):
+                for x in range(9):
+                    if torch.equal(source[:, y:y + 8, x:x + 8], crop):
+                        seen.add((is_flipped, y, x))
+                        break
+    assert len(seen) > 100 and {s[0] for s in seen} == {0, 1} and {s[1] for s in seen} == {s[2] for s in seen} == set(range(9))
+    assert sum((image != crop).any() for image, crop in zip(images, crops)) > 190
+    assert torch.equal(crops, prune.augment(images, seed=0, step=5))
+    assert not torch.equal(crops, prune.augment(images, seed=0, step=6)) and not torch.equal(crops, prune.augment(images, seed=1, step=5))
+
+
+def test_learning_rate_falls_at_epochs_80_and_120_of_160():
+    steps = 160 * 196
+    rates = [prune.learning_rate(0.1, step, steps) for step in (0, 80 * 196 - 1, 80 * 196, 120 * 196 - 1, 120 * 196, steps)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    assert [round(prune.learning_rate(1, step, 8), 4) for step in range(8)] == [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
+
+
+def test_the_threshold_is_global():
+    weights = {"small": torch.tensor([[0.1, -0.2], [0.3, 0.4]]), "large": torch.tensor([-1.0, 2.0, 3.0, 4.0])}
+    everything = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
+    masks = prune.magnitude_mask(weights, everything, keep=4)  # half of each layer, if it were by layers
+    assert not masks["small"].any() and masks["large"].all()
+    masks = prune.magnitude_mask(weights, everything, keep=6)
+    assert masks["small"].tolist() == [[False, False], [True, True]]
+    weights["small"][0, 0] = 9.0  # what is pruned does not come back, however large
+    again = prune.magnitude_mask(weights, masks, keep=5)
+    assert again["small"].tolist() == [[False, False], [False, True]] and again["large"].all()
+    ties = prune.magnitude_mask({"w": torch.ones(10)}, {"w": torch.ones(10, dtype=torch.bool)}, keep=7)
+    assert ties["w"].sum() == 7
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_what_is_pruned(everything):
+    network = prune.classifier(distill.random_network(0, "resnet20", 1).encoder, 64, 10, seed=0)
+    names = set(prune.prunable(network, everything))
+    assert {"head.weight", "encoder.0.weight"} <= names
+    assert ("head.bias" in names) == ("encoder.1.weight" in names) == everything  # encoder.1 is a batch norm
+    count = sum(p.numel() for p in prune.prunable(network, everything).values())
+    assert count == (271_824 + 650 if everything else 271_824 + 640 - 2 * (16 * 7 + 32 * 7 + 64 * 7))
+    assert same(network["head"].state_dict(), prune.classifier(torch.nn.Identity(), 64, 10, seed=0)["head"].state_dict())
+
+
+@pytest.mark.parametrize("args", [[], ["--init", "random", "--rewind-epoch", 1], ["--prune-all", "--rate", 0.5], ["--amp", "fp16"]])
+def test_counts_are_exact_and_pruned_weights_stay_zero(student, here, args, monkeypatch):
+    seen = []  # at every save: the round, the weights its mask leaves, and how many of the others are not 0
+    save = torch.save
+    def spy(checkpoint, file):
+        masks = {name: count >= checkpoint["round"] for name, count in checkpoint["survived"].items()}
+        revived = sum((checkpoint["now"]["network"][name][~mask] != 0).sum().item() for name, mask in masks.items())
+        seen.append((checkpoint["round"], sum(mask.sum().item() for mask in masks.values()), revived))
+        save(checkpoint, file)
+    monkeypatch.setattr(torch, "save", spy)
+    monkeypatch.setattr(prune.time, "time", lambda clock=itertools.count(0, 100): next(clock))  # so that it saves after each epoch
+    checkpoint = prune_run(student, "p", *args)
+    total, rate = sum(t.numel() for t in checkpoint["survived"].values()), 0.5 if "--rate" in args else 0.2
+    assert {number for number, *_ in seen} == {0, 1, 2} and len(seen) >= 7
+    assert all(left == round(total * (1 - rate) ** number) and revived == 0 for number, left, revived in seen)
+    assert [float(row["weights_left"]) for row in curve("p")] == [pytest.approx(100 * round(total * (1 - rate) ** r) / total) for r in range(3)]
+    momentum = checkpoint["now"]["optimizer"]["state"]
+    assert any((s["momentum_buffer"] != 0).any() for s in momentum.values())
+
+
+@pytest.mark.parametrize("args", [[], ["--rewind-epoch", 1]])
+def test_rewinding_is_bit_identical_but_for_the_mask(student, here, monkeypatch, args):
+    """What each round starts from: network, optimiser, step, the first batch of images and the learning rate."""
+    starts, train = [], prune.train
+
+    def spy(batch_loss, n, optimizer, scaler, *, start, **options):
+        state = copy.deepcopy((optimizer.state_dict(), [p.detach() for group in optimizer.param_groups for p in group["params"]]))
+        starts.append([start, *state])
+        indices = []
+        for step, loss in train(lambda i: indices.append(i) or batch_loss(i), n, optimizer, scaler, start=start, **options):
+            if step == rewind_step + 1:
+                starts[-1].append(loss.item())
+            yield step, loss
+        starts[-1].append(torch.cat(indices))
+    rewind_step = 4 if args else 0
+    monkeypatch.setattr(prune, "train", spy)
+    checkpoint = prune_run(student, "p", *args)
+    point = checkpoint["point"]
+    assert point["step"] == rewind_step
+    first, *later = starts
+    weights = {name: t for name, t in point["network"].items() if not ("running" in name or "num_batches" in name)}
+    for number, (start, optimizer, params, loss, order) in enumerate(later, 1):
+        assert start == rewind_step and optimizer["param_groups"] == point["optimizer"]["param_groups"]
+        assert torch.equal(order, first[-1][-len(order):]) and len(order) == 60 * (3 - len(args) // 2)
+        for mine, theirs in zip(optimizer["state"].values(), point["optimizer"]["state"].values(), strict=True):
+            assert torch.equal(mine["momentum_buffer"], theirs["momentum_buffer"])
+        for p, (name, q) in zip(params, weights.items(), strict=True):
+            mask = checkpoint["survived"][name] >= number if name in checkpoint["survived"] else True
+            assert torch.equal(p, q * mask), name
+    assert len(later) == 2 and bool(point["optimizer"]["state"]) == bool(args)
+    if not args:  # the student's own weights, and nothing else
+        _, encoder, _ = distill.load_checkpoint(student)
+        assert all(torch.equal(point["network"]["encoder." + name], t) for name, t in encoder.state_dict().items())
+
+
+def test_init_random_is_the_teacher_and_nothing_of_it_depends_on_the_student(student, here):
+    checkpoint = prune_run(student, "p", "--init", "random", "--rounds", 0)
+    teacher, _, _ = distill.load_checkpoint(student)
+    assert all(torch.equal(checkpoint["point"]["network"]["encoder." + name], t) for name, t in teacher.state_dict().items())
+
+
+def test_one_seed_one_curve(student, here):
+    first, second, other = prune_run(student, "a"), prune_run(student, "b"), prune_run(student, "c", "--seed", 7)
+    assert curve("a") == curve("b") and same(first["now"]["network"], second["now"]["network"]) and same(first["survived"], second["survived"])
+    assert not same(first["now"]["network"], other["now"]["network"])
+
+
+@pytest.mark.parametrize("saves", [2, 3, 5])
+def test_a_killed_curve_goes_on_to_the_same_numbers(student, here, monkeypatch, saves):
+    """Killed at the `saves`-th checkpoint, in the middle of a round or at its end, just after writing it."""
+    args = ["--rewind-epoch", 1]
+    whole = prune_run(student, "whole", *args)
+    write, left = distill.write_atomically, [saves]
+
+    class Killed(BaseException):
+        pass
+
+    def killing(path, content):
+        write(path, content)
+        left[0] -= path.name == "last.pt"
+        if left[0] == 0:
+            raise Killed
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "write_atomically", killing)
+        patch.setattr(prune.time, "time", lambda clock=itertools.count(0, 100): next(clock))
+        with pytest.raises(Killed):
+            prune_run(student, "killed", *args)
+    resumed = prune_run(student, "killed", *args, "--resume")
+    assert curve("killed") == curve("whole") and len(curve("whole")) == 3
+    assert same(whole["now"]["network"], resumed["now"]["network"]) and same(whole["survived"], resumed["survived"])
+    stamp = Path("killed/last.pt").stat().st_mtime_ns
+    prune_run(student, "killed", *args, "--resume")  # done: left alone
+    assert Path("killed/last.pt").stat().st_mtime_ns == stamp
+    longer = prune_run(student, "killed", *args, "--resume", "--rounds", 3)
+    assert len(curve("killed")) == 4 and curve("killed")[:3] == curve("whole")
+    assert same(longer["now"]["network"], prune_run(student, "long", *args, "--rounds", 3)["now"]["network"])
+
+
+def test_the_control_keeps_as_many_weights_per_layer(student, here):
+    problem(prune.main, student, "--control", "random", "--out", "p", says=["without --control first"])
+    ticket = prune_run(student, "p", "--rewind-epoch", 1)
+    prune.main([str(student), "--epochs", "3", "--batch-size", "16", "--rounds", "2", "--out", "p", "--rewind-epoch", "1", "--control", "random"])
+    control = distill.read_checkpoint("p-control", "prune.py")
+    for name, count in ticket["survived"].items():
+        assert not torch.equal(count, control["survived"][name])
+        for number in (1, 2):
+            assert (count >= number).sum() == (control["survived"][name] >= number).sum()
+    assert same(ticket["point"]["network"], control["point"]["network"])
+    mine, theirs = curve("p-control"), curve("p")
+    assert mine[0] == theirs[0] and [row["weights_left"] for row in mine] == [row["weights_left"] for row in theirs]
+    assert not same(ticket["now"]["network"], control["now"]["network"])
+    command = [student, "--batch-size", 16, "--out", "p", "--rewind-epoch", 1, "--control", "random", "--rounds"]
+    problem(prune.main, *command, 2, "--epochs", 3, says=["p-control", "--resume"])
+    shutil.rmtree("p-control")
+    problem(prune.main, *command, 2, "--epochs", 2, says=["--epochs 3, not 2"])
+    problem(prune.main, *command, 3, "--epochs", 3, says=["fewer than 3 prunings"])
+    assert not Path("p-control").exists()
+
+
+def test_prune_refuses_bad_input_and_overwrites_nothing(folder, student, here):
+    one_line(cli("prune.py", "nowhere"), "no checkpoint at nowhere")
+    Path("empty").mkdir()
+    problem(prune.main, "empty", says=["no checkpoint at empty"])
+    problem(prune.main, student, "--dataset", "noise", says=["no labels", "--dataset"])
+    done = cli("prune.py", student, "--rewind-epoch", 3, "--epochs", 3)
+    assert done.returncode == 2 and "--rewind-epoch 3 is beyond the run" in done.stderr.splitlines()[-1]
+    done = cli("prune.py", student, "--rate", 1)
+    assert done.returncode == 2 and "--rate" in done.stderr.splitlines()[-1]
+    prune_run(student, "p")
+    command, before = [student, "--epochs", 3, "--batch-size", 16, "--rounds", 2, "--out", "p"], {p: p.read_bytes() for p in Path("p").iterdir()}
+    assert set(path.name for path in before) == {"last.pt", "log.csv", "config.json"}
+    problem(prune.main, *command, says=["p/last.pt exists", "--resume"])
+    problem(prune.main, *command, "--resume", "--init", "random", says=["--init student, not random"])
+    problem(prune.main, *command, "--resume", "--epochs", 4, says=["--epochs 3, not 4"])
+    problem(prune.main, *command, "--resume", "--lr", 0.3, says=["--lr 0.05, not 0.3"])
+    problem(prune.main, *command, "--resume", "--rewind-epoch", 2, says=["--rewind-epoch 0, not 2"])
+    problem(prune.main, "p", says=["not a checkpoint of distill.py"])
+    problem(prune.main, student, "--out", student, "--resume", says=["not a checkpoint of prune.py"])
+    problem(prune.main, student, "--lr", 1e30, "--epochs", 3, "--batch-size", 16, "--out", "nan", says=["not finite", "--lr"])
+    assert before == {p: p.read_bytes() for p in Path("p").iterdir()}
+    Path("p/last.pt").write_bytes(before[Path("p/last.pt")][:5000])
+    problem(prune.main, *command, "--resume", says=["truncated", "prune.py"])
+
+
+def test_plot_draws_means_over_seeds_from_the_logs_alone(student, here, capsys):
+    pytest.importorskip("matplotlib")
+    for init, seed, best in (("student", 0, (60, 50)), ("student", 1, (62, 54)), ("random", 0, (60, 40))):
+        out = Path(f"runs/{seed}/prune-{init}")
+        prune_run(student, out, "--seed", seed, "--init", init, "--rounds", 1)
+        (out / "last.pt").unlink()  # the plot does without
+        rows = [f"{number},{left},{accuracy},0,0\n" for number, left, accuracy in zip((0, 1), (100.0, 80.0), best)]
+        (out / "log.csv").write_text("round,weights_left,best_accuracy,final_accuracy,seconds\n" + "".join(rows))
+    capsys.readouterr()
+    prune.main(["plot", "runs/0", "runs/1/prune-student", "--figure", "f.png"])
+    text = capsys.readouterr().out
+    assert re.search(r"student, rewound to epoch 0 \(n=2\) +100: 61.00 ± 1.41 +80: 52.00 ± 2.83\n", text), text
+    assert re.search(r"random init, rewound to epoch 0 \(n=1\) +100: 60.00 +80: 40.00\n", text), text
+    first = Path("f.png").read_bytes()
+    assert Image.open("f.png").size[0] > 900
+    prune.main(["plot", "runs/0", "runs/1/prune-student", "--figure", "g.png"])
+    assert Path("g.png").read_bytes() == first
+    config = json.loads(Path("runs/1/prune-student/config.json").read_text())
+    Path("runs/1/prune-student/config.json").write_text(json.dumps({**config, "epochs": 9}))  # another experiment: not averaged
+    prune.main(["plot", "runs/0", "runs/1", "--figure", "h.png"])
+    assert "epochs 9 (n=1)" in capsys.readouterr().out
+    problem(prune.main, "plot", "nowhere", says=["no pruning curve in nowhere"])
+    Path("runs/0/prune-random/log.csv").write_text("round,seconds\n1,2\n")
+    problem(prune.main, "plot", "runs/0", says=["runs/0/prune-random", "no readable curve"])
+
+
 # ---- The command line ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("script", ["distill.py", "probe.py"])
+@pytest.mark.parametrize("script", ["distill.py", "probe.py", "prune.py"])
 def test_help(script):
     done = cli(script, "--help")
     assert done.returncode == 0 and "usage" in done.stdout
@@ -555,7 +798,7 @@ def test_bad_checkpoints(folder, here):
     Path("evil.pt").write_bytes(pickle.dumps(print))  # a pickle that names code: refused, not run
     one_line(cli("probe.py", "evil.pt"), "not a checkpoint")
     problem(probe.main, "runs/nowhere", says=["no checkpoint"])
-    torch.save({"format": distill.FORMAT, "config": {"arch": "vit"}}, "old.pt")
+    torch.save({"format": distill.FORMATS["distill.py"], "config": {"arch": "vit"}}, "old.pt")
     problem(probe.main, "old.pt", says=["does not fit"])
     Path("file").touch()
     problem(distill.main, *SMALL, "--dataset", folder, "--out", "file", says=["is a file"])

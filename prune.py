@@ -1,0 +1,375 @@
+#!/usr/bin/env python3
+"""Are there lottery tickets? Iterative magnitude pruning with rewinding, from a distilled student (Fig. 8).
+
+    python prune.py runs/cifar10-resnet18-eps0-seed0                                   the student, rewound to its own weights
+    python prune.py runs/cifar10-resnet18-eps0-seed0 --init random --rewind-epoch 2    its teacher's random weights
+    python prune.py runs/cifar10-resnet18-eps0-seed0 --control random                  as many weights per layer, but any
+    python prune.py plot runs/cifar10-resnet18-eps0-seed*                              all curves of these runs, mean ± std
+
+One round: train with labels, prune the 20 % of the remaining weights that are smallest, put the survivors back where they
+were at the rewinding point, train again. A *ticket* is a mask under which that training does well. From random weights one
+has to rewind to a point a few epochs into the training; the paper finds that a distilled student is such a point already.
+(Frankle & Carbin 2019 for the tickets; Frankle et al. 2020 for rewinding.)
+"""
+import argparse, copy, csv, json, math, statistics, sys, time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from distill import (ARCHS, FORMATS, MAY_CHANGE, Problem, amp_tools, at_least, channel_stats, load_checkpoint, load_data, normalise,
+                     open_run, pick_amp, pick_device, run_cli, stratified_subset, train, write_atomically, write_csv)
+
+
+# ---- Supervised training: network, augmentation, schedule, test accuracy ---------------------------------------------
+
+def classifier(encoder, r, n_classes, seed):
+    """`encoder` and a linear head of torch's default initialisation; the same `seed` gives the same head."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = nn.Linear(r, n_classes)
+    return nn.ModuleDict({"encoder": encoder.requires_grad_(True).train(), "head": head})
+
+
+def augment(images, seed, step, padding=4):
+    """uint8 (B, 3, s, s) -> the same shape: flipped left to right or not, padded with black, cropped at random.
+
+    The draws depend on (seed, step) alone, so that rewinding to a step brings back its very images.
+    """
+    n, s = len(images), images.shape[-1]
+    rng = np.random.default_rng((seed, step, 1))
+    draw = lambda high: torch.from_numpy(rng.integers(high, size=(n, 1))).to(images.device)
+    rows, columns = (draw(2 * padding + 1) + torch.arange(s, device=images.device) for _ in range(2))  # (B, s) each
+    columns = torch.where(draw(2) == 1, s + 2 * padding - 1 - columns, columns)  # counted from the right: flipped
+    image = torch.arange(n, device=images.device)[:, None, None]
+    return F.pad(images, [padding] * 4)[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def learning_rate(base, step, steps):
+    """`base`, a tenth of it from half of the steps on, a hundredth from three quarters on (epochs 80 and 120 of 160)."""
+    return base * 0.1 ** sum(step >= round(milestone * steps) for milestone in (0.5, 0.75))
+
+
+@torch.no_grad()
+def test_accuracy(network, images, labels, stats, autocast):
+    """Share of uint8 images (n, 3, s, s) classified right, in %, in eval mode; leaves the network in train mode."""
+    network.eval()
+    correct = 0
+    for x, y in zip(images.split(500), labels.split(500)):
+        with autocast:
+            embedding = network["encoder"](normalise(x, stats))
+        correct += (network["head"](embedding.float()).argmax(1) == y).sum()
+    network.train()
+    return 100 * correct.item() / len(labels)
+
+
+# ---- Masks -----------------------------------------------------------------------------------------------------------
+# A mask is a plain dict {parameter name: bool tensor of its shape}, applied after every step. torch.nn.utils.prune would
+# do, but it replaces each weight by a product weight_orig · weight_mask: the optimiser then moves weight_orig, where a
+# pruned weight lives on out of sight, and the state dict no longer fits the encoder. Here the network stays as it is.
+
+def prunable(network, everything=False):
+    """{name: parameter} of what may be pruned: weights of convolutions and linear layers, or `everything`.
+
+    The released code prunes every parameter, also biases and norms.
+    """
+    is_weight = lambda name: name.endswith(".weight") and isinstance(network.get_submodule(name[:-7]), (nn.Conv2d, nn.Linear))
+    return {name: p for name, p in network.named_parameters() if everything or is_weight(name)}
+
+
+@torch.no_grad()
+def magnitude_mask(weights, masks, keep):
+    """The `keep` largest |weights| of all layers together, of those that `masks` has left, as new masks."""
+    magnitude = torch.cat([w.abs().masked_fill(~masks[name], -1).reshape(-1) for name, w in weights.items()])
+    alive = torch.zeros_like(magnitude, dtype=torch.bool)
+    alive[magnitude.argsort(descending=True, stable=True)[:keep]] = True  # by rank, not by threshold: ties cannot add one
+    parts = alive.split([w.numel() for w in weights.values()])
+    return {name: part.view(w.shape) for (name, w), part in zip(weights.items(), parts)}
+
+
+@torch.no_grad()
+def apply_masks(weights, masks):
+    """Set what is pruned to 0, in place."""
+    for name, mask in masks.items():
+        weights[name].masked_fill_(~mask, 0)
+
+
+def shuffle_within_layers(survived, seed):
+    """The control's masks: each layer's entries in random order, so that every round keeps as many per layer as it did."""
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = lambda t: t.reshape(-1)[torch.randperm(t.numel(), generator=generator)].view(t.shape)
+    return {name: shuffled(t.cpu()) for name, t in survived.items()}
+
+
+# ---- The curves and their picture (reads config.json and log.csv alone) ----------------------------------------------
+
+LOG_COLUMNS = ("round", "weights_left", "best_accuracy", "final_accuracy", "seconds")
+NO_SETTING = MAY_CHANGE - {"epochs", "steps"} | {"run", "seed", "rounds"}  # curves that differ in these alone are repeats of one experiment
+
+
+def read_curves(paths):
+    """{label: (settings, list of curves)}, a curve being {weights left in %: best accuracy in %}; repeats share a label.
+
+    `paths` are run directories of prune.py, or of distill.py with such directories inside. Raises Problem.
+    """
+    groups = {}
+    for path in paths:
+        found = [path] if (path / "config.json").exists() else sorted(p.parent for p in path.glob("*/config.json"))
+        if not found:
+            raise Problem(f"no pruning curve in {path}: make one with prune.py, or name its directory")
+        for folder in found:
+            try:
+                config = json.loads((folder / "config.json").read_text())
+                with open(folder / "log.csv", newline="") as file:
+                    curve = {float(row["weights_left"]): float(row["best_accuracy"]) for row in csv.DictReader(file)}
+                distilled = config.pop("distilled")
+            except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
+                raise Problem(f"{folder} holds no readable curve ({error!r}): let prune.py finish a round, or leave it out") from None
+            settings = {**config, **{f"distilled {key}": value for key, value in distilled.items()}}
+            settings = {key: value for key, value in settings.items() if key.removeprefix("distilled ") not in NO_SETTING}
+            groups.setdefault(json.dumps(settings, sort_keys=True), (settings, []))[1].append(curve)
+    named, all_settings = {}, [settings for settings, _ in groups.values()]
+    differing = [key for key in all_settings[0] if key not in ("init", "rewind_epoch", "control")
+                 and any(settings.get(key) != all_settings[0][key] for settings in all_settings)]
+    for settings, curves in groups.values():
+        label = "student" if settings["init"] == "student" else "random init"
+        label += f", rewound to epoch {settings['rewind_epoch']}" + ", random masks" * (settings["control"] == "random")
+        named[label + "".join(f", {key} {settings.get(key)}" for key in differing)] = settings, curves
+    return named
+
+
+def plot(argv):
+    """Print and draw Fig. 8: test accuracy over weights left, mean ± standard deviation over repeats."""
+    parser = argparse.ArgumentParser(prog="prune.py plot", description=plot.__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="directories of prune.py, or of distill.py with such inside")
+    parser.add_argument("--figure", type=Path, default=Path("figures/tickets.png"), help="default: figures/tickets.png")
+    args = parser.parse_args(argv)
+    if args.figure.suffix not in (".png", ".pdf", ".svg"):
+        parser.error("--figure wants a name that ends in .png, .pdf or .svg")
+    groups = read_curves(args.runs)
+    summary = {}  # label: rows of (weights left, mean, std or 0), over the rounds that all repeats have
+    for label, (_, curves) in groups.items():
+        common = [left for left in curves[0] if all(left in curve for curve in curves)]
+        scores = [[curve[left] for curve in curves] for left in common]
+        summary[label] = [(left, statistics.mean(s), statistics.stdev(s) if len(s) > 1 else 0.0) for left, s in zip(common, scores)]
+    width = max(map(len, groups)) + 12
+    print("best test accuracy in % at weights left in %")
+    for label, rows in summary.items():
+        n = len(groups[label][1])
+        cells = (f"{left:.3g}: {mean:.2f}" + f" ± {std:.2f}" * (n > 1) for left, mean, std in rows)
+        print(f"{f'{label} (n={n})':{width}}" + "   ".join(cells))
+
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    colours, markers = {}, "osD^vP*X"
+    for label, rows in summary.items():
+        control = groups[label][0]["control"] == "random"
+        number = colours.setdefault(label.replace(", random masks", ""), len(colours))  # a control has its ticket's colour
+        left, mean, std = map(np.array, zip(*rows))
+        axis.plot(left, mean, color=f"C{number}", marker=markers[number % 8], linestyle="--" if control else "-",
+                  markerfacecolor="white" if control else None, markersize=5, label=f"{label} (n={len(groups[label][1])})")
+        if len(groups[label][1]) > 1:
+            axis.fill_between(left, mean - std, mean + std, color=f"C{number}", alpha=0.15, linewidth=0)
+    ticks = max(([left for left, *_ in rows] for rows in summary.values()), key=len)
+    ticks = ticks[::math.ceil(len(ticks) / 9)]
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axis.set_xticks([], minor=True)
+    axis.invert_xaxis()
+    settings = next(iter(groups.values()))[0]
+    axis.set(xlabel="weights left (%)", ylabel="test accuracy, best epoch (%)",
+             title=f"{settings['distilled arch']}, {settings['n_images']:,} images of {Path(settings['dataset']).name}, "
+                   f"{settings['epochs']} epochs a round")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    write_atomically(args.figure, lambda file: figure.savefig(file, format=args.figure.suffix[1:], dpi=150))
+    print(f"the picture: {args.figure}")
+
+
+# ---- Main: train, prune, rewind --------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    positive = at_least(1, int)
+
+    def add(name, help, default=None, **options):
+        shown = "" if default is None or default is False else f" (default: {default})"
+        parser.add_argument(name, default=default, help=help + shown, **options)
+
+    parser.add_argument("run", type=Path, help="run directory of distill.py, whose student or teacher is pruned")
+    add("--init", "start at the distilled student or at its random teacher", "student", choices=("student", "random"))
+    add("--rewind-epoch", "rewind to the end of this epoch of the first training; 0 is the very start", 0, type=at_least(0, int),
+        metavar="ℓ")
+    add("--control", "random: as many weights per layer as the ticket of the same options has, but drawn at random; run that "
+        "one first", choices=("random",))
+    add("--prune-all", "prune biases and norms too, as the released code does", False, action="store_true")
+    add("--rounds", "number of prunings, each with a training; 24 leave 0.5 %%", 24, type=at_least(0, int))
+    add("--rate", "share of the remaining weights that a round prunes; larger is quicker and rougher", 0.2, type=float)
+    add("--epochs", "epochs of each training; the learning rate falls tenfold at 1/2 and 3/4 of them", 160, type=positive)
+    add("--lr", "SGD's first learning rate, momentum 0.9, weight decay 1e-4 (default: 0.1, for resnet20 0.05)",
+        type=at_least(0, float))
+    add("--batch-size", "images a step", 256, type=positive)
+    add("--dataset", "labelled data to train on (default: the one the run was probed on)")
+    add("--n-samples", "train on a stratified subset of so many images (default: all)", type=positive)
+    add("--seed", "of the linear classifier, the order of the data and the crops (default: the run's)", type=at_least(0, int))
+    add("--device", "auto: cuda where there is one", "auto", choices=("auto", "cpu", "cuda"))
+    add("--amp", "16-bit encoder, as in distill.py", "auto", choices=("auto", "bf16", "fp16", "off"))
+    add("--out", "directory of the curve (default: <run>/prune-<init>-rewind<ℓ>); a control's is beside it, with -control", type=Path)
+    add("--resume", "go on with the curve, if there is one, to the same numbers (on a CPU to the last bit)", False, action="store_true")
+    add("--data-dir", "where downloads and caches go", "data")
+    add("--mirror", "URL of a directory with the CIFAR archives (see distill.py)")
+    args = parser.parse_args(argv)
+    if args.rewind_epoch >= args.epochs:
+        parser.error(f"--rewind-epoch {args.rewind_epoch} is beyond the run: it must be less than --epochs {args.epochs}")
+    if not 0 < args.rate < 1:
+        parser.error("--rate must lie between 0 and 1")
+    if args.seed is not None and args.seed >= 2**62:
+        parser.error("--seed must be below 2**62")
+    folder = args.run if args.run.is_dir() else args.run.parent
+    args.out = args.out or folder / (f"prune-{args.init}-rewind{args.rewind_epoch}" + "-all" * args.prune_all)
+    return args
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["plot"]:
+        return plot(argv[1:])
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    teacher, student, distilled = load_checkpoint(args.run, device)
+    args.dataset = args.dataset or distilled["probe_dataset"] or distilled["dataset"]
+    args.seed = distilled["seed"] if args.seed is None else args.seed
+    args.lr = (0.05 if distilled["arch"] == "resnet20" else 0.1) if args.lr is None else args.lr
+    data = load_data(args.dataset, distilled["image_size"], args.data_dir, args.mirror)
+    if len(data.test_y) == 0:
+        raise Problem(f"{args.dataset} has no labels to train on: name a labelled data set with --dataset")
+    keep = stratified_subset(data.train_y, args.n_samples) if args.n_samples else slice(None)
+    images, labels, test_x, test_y = (t.to(device) for t in (data.train_x[keep], data.train_y[keep], data.test_x, data.test_y))
+    stats, n = channel_stats(images), len(images)
+    per_epoch = math.ceil(n / args.batch_size)
+    steps = args.epochs * per_epoch
+
+    # What this run is, and whether it goes on from a checkpoint: its own, or for a control's first call its ticket's
+    ticket, out = args.out, args.out.with_name(args.out.name + "-control") if args.control else args.out
+    settings = {key: value for key, value in distilled.items() if key not in MAY_CHANGE - {"steps", "epochs"}}
+    config = {**vars(args), "run": str(args.run), "out": str(out), "n_images": n, "distilled": settings}
+    may_change = MAY_CHANGE - {"epochs"} | {"run", "rounds"}
+    checkpoint = open_run(out, config, "prune.py", may_change)
+    if args.control and not checkpoint:
+        if not (ticket / "last.pt").exists():
+            raise Problem(f"no ticket in {ticket} to take the control's numbers from: run the same command without --control first")
+        checkpoint = open_run(ticket, {**config, "resume": True}, "prune.py", may_change | {"control"})
+        checkpoint.update(survived=shuffle_within_layers(checkpoint["survived"], args.seed), log=checkpoint["log"][:1],
+                          round=1, now=checkpoint["point"], accuracies=[], seconds=0.0)
+    args.amp = config["amp"] = pick_amp(checkpoint["config"]["amp"] if checkpoint else args.amp, device, distilled["arch"])
+
+    if args.control and max(t.max() for t in checkpoint["survived"].values()) < args.rounds:
+        raise Problem(f"the ticket in {ticket} had fewer than {args.rounds} prunings when this control began: finish it first"
+                      if (out / "last.pt").exists() else f"the ticket in {ticket} has fewer than {args.rounds} prunings: finish it first")
+
+    network = classifier(student if args.init == "student" else teacher, ARCHS[distilled["arch"]][1], len(data.classes), args.seed)
+    network.to(device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
+    autocast, scaler = amp_tools(args.amp, device)
+    parts = {"network": network, "optimizer": optimizer, "scaler": scaler}
+    weights = prunable(network, args.prune_all)
+    total = sum(w.numel() for w in weights.values())
+
+    def snapshot():
+        """A copy of everything that a step changes."""
+        return copy.deepcopy({"step": step, **{name: part.state_dict() for name, part in parts.items()}})
+
+    def rewind(point):
+        """Put everything back as `point` has it; returns its step, and with it the schedule, the data's order and the crops."""
+        for name, part in parts.items():
+            part.load_state_dict(copy.deepcopy(point[name]))  # an optimiser keeps the tensors it is given, and changes them
+        return point["step"]
+
+    # A weight's count of prunings survived holds the masks of all rounds: in round r the mask is survived >= r
+    survived = {name: torch.zeros(w.shape, dtype=torch.uint8, device=device) for name, w in weights.items()}
+    prunings, step, point, log, accuracies, seconds = 0, 0, None, [], [], 0.0
+    if checkpoint:
+        step = rewind(checkpoint["now"])
+        survived = {name: t.to(device) for name, t in checkpoint["survived"].items()}
+        prunings, point, log, accuracies, seconds = (checkpoint[key] for key in ("round", "point", "log", "accuracies", "seconds"))
+    if len(log) > args.rounds:
+        return print(f"{out}: all {args.rounds} rounds are done")
+
+    def save():
+        write_atomically(out / "last.pt", lambda file: torch.save({
+            "format": FORMATS["prune.py"], "config": config, "now": snapshot(), "point": point, "survived": survived,
+            "round": prunings, "log": log, "accuracies": accuracies, "seconds": seconds}, file))
+
+    def prepare():
+        """What holds before every step: the schedule's learning rate, pruned weights at 0; and the rewinding point is kept."""
+        nonlocal point
+        optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, steps)
+        apply_masks(weights, masks)
+        if point is None and step == args.rewind_epoch * per_epoch:
+            point = snapshot()
+
+    def show(row):
+        eta = timedelta(seconds=round((args.rounds - row["round"]) * row["seconds"]))
+        print(f"{row['round']:5d} {row['weights_left']:17.2f} {row['best_accuracy']:14.2f} {row['final_accuracy']:15.2f} "
+              f"{row['seconds']:8.0f} {eta!s:>9}", flush=True)
+
+    def batch_loss(index):
+        """Indices (B,) of images -> cross-entropy of the classifier on their crops in the coming step."""
+        x = normalise(augment(images[index], args.seed, step), stats)
+        with autocast:
+            embedding = network["encoder"](x)
+        return F.cross_entropy(network["head"](embedding.float()), labels[index])
+
+    write_atomically(out / "config.json", lambda file: file.write((json.dumps(config, indent=2, default=str) + "\n").encode()))
+    print(f"{distilled['arch']} from {'the student' if args.init == 'student' else 'the random teacher'} of {args.run} on {args.dataset}: "
+          f"{n:,} images, {steps:,} steps of {args.batch_size} a round, {total:,} weights to prune, seed {args.seed}, "
+          f"{device.type}, amp {args.amp} -> {out}")
+    print(f"{'round':>5} {'weights left (%)':>17} {'best accuracy':>14} {'final accuracy':>15} {'seconds':>8} {'ETA':>9}", flush=True)
+    for row in log:
+        show(row)
+    saved = time.time()
+    while True:
+        masks = {name: count >= prunings for name, count in survived.items()}
+        if len(log) == prunings:  # this round's training is not at its end
+            prepare()
+            losses, clock = [], time.time()
+            for step, loss in train(batch_loss, n, optimizer, scaler, steps=steps, batch_size=args.batch_size, seed=args.seed, start=step):
+                prepare()
+                losses.append(loss)
+                if step % per_epoch:
+                    continue
+                losses.append(sum(w.detach().square().sum() for w in weights.values()))  # stands for the next step's loss
+                if not torch.stack(losses).isfinite().all():
+                    raise Problem(f"the loss is not finite any more in epoch {step // per_epoch} of round {prunings}: lower --lr or "
+                                  f"take --amp off; what {out} held is kept")
+                accuracies.append(test_accuracy(network, test_x, test_y, stats, autocast))
+                seconds += time.time() - clock
+                if len(accuracies) == 1 and not log and (hours := seconds * args.epochs * (args.rounds + 1) / 3600) > 0.5:
+                    print(f"the first epoch took {seconds:.0f} s: all rounds will take about {hours:.1f} hours", flush=True)
+                if time.time() - saved > 60 and step < steps:
+                    save()
+                    saved = time.time()
+                losses, clock = [], time.time()
+            left = 100 * sum(mask.sum().item() for mask in masks.values()) / total
+            log.append(dict(zip(LOG_COLUMNS, (prunings, left, max(accuracies), accuracies[-1], seconds))))
+            save()
+            saved = time.time()
+            show(log[-1])
+        write_csv(out / "log.csv", LOG_COLUMNS, log)
+        if prunings == args.rounds:
+            break
+        prunings += 1
+        if not args.control:  # whose masks are drawn already
+            kept = magnitude_mask(weights, masks, keep=round(total * (1 - args.rate) ** prunings))
+            for name, mask in kept.items():
+                survived[name] += mask
+        step, accuracies, seconds = rewind(point), [], 0.0
+
+
+if __name__ == "__main__":
+    run_cli(main)
