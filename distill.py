@@ -472,14 +472,18 @@ def at_least(low, kind):
     return number
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    positive = at_least(1, int)
+def make_parser(doc):
+    """(parser, add): add(name, help, default, ...) adds an option whose help ends with its default."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add(name, help, default=None, **options):
         shown = "" if default is None or default is False else f" (default: {default})"
         parser.add_argument(name, default=default, help=help + shown, **options)
+    return parser, add
 
+
+def parse_args(argv=None):
+    (parser, add), positive = make_parser(__doc__), at_least(1, int)
     add("--arch", "encoder; on a CPU take resnet20", "resnet18", choices=ARCHS)
     add("--init-eps", "student = (teacher + ε·draw)/√(1+ε²): 0 starts at the teacher, inf independently of it; the paper's "
         "α = ε/(1+ε), so α=0.5 is ε=1 and α=0.6 is ε=1.5. Without batch norm (vgg*) 0 is a fixed point that only rounding "

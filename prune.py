@@ -11,7 +11,7 @@ were at the rewinding point, train again. A *ticket* is a mask under which that 
 has to rewind to a point a few epochs into the training; the paper finds that a distilled student is such a point already.
 (Frankle & Carbin 2019 for the tickets; Frankle et al. 2020 for rewinding.)
 """
-import argparse, copy, csv, json, math, statistics, sys, time
+import argparse, copy, csv, json, math, os, statistics, sys, time
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill import (ARCHS, FORMATS, MAY_CHANGE, Problem, amp_tools, at_least, channel_stats, load_checkpoint, load_data, normalise,
-                     open_run, pick_amp, pick_device, run_cli, stratified_subset, train, write_atomically, write_csv)
+from distill import (ARCHS, FORMATS, MAY_CHANGE, Problem, amp_tools, at_least, channel_stats, load_checkpoint, load_data, make_parser,
+                     normalise, open_run, pick_amp, pick_device, run_cli, stratified_subset, train, write_atomically, write_csv)
 
 
 # ---- Supervised training: network, augmentation, schedule, test accuracy ---------------------------------------------
@@ -53,15 +53,20 @@ def learning_rate(base, step, steps):
     return base * 0.1 ** sum(step >= round(milestone * steps) for milestone in (0.5, 0.75))
 
 
+def classify(network, images, stats, autocast):
+    """Logits (B, classes) float32 of uint8 images (B, 3, s, s); as in distillation, only the encoder runs under autocast."""
+    with autocast:
+        embedding = network["encoder"](normalise(images, stats))
+    return network["head"](embedding.float())
+
+
 @torch.no_grad()
 def test_accuracy(network, images, labels, stats, autocast):
     """Share of uint8 images (n, 3, s, s) classified right, in %, in eval mode; leaves the network in train mode."""
     network.eval()
     correct = 0
     for x, y in zip(images.split(500), labels.split(500)):
-        with autocast:
-            embedding = network["encoder"](normalise(x, stats))
-        correct += (network["head"](embedding.float()).argmax(1) == y).sum()
+        correct += (classify(network, x, stats, autocast).argmax(1) == y).sum()
     network.train()
     return 100 * correct.item() / len(labels)
 
@@ -194,13 +199,7 @@ def plot(argv):
 # ---- Main: train, prune, rewind --------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    positive = at_least(1, int)
-
-    def add(name, help, default=None, **options):
-        shown = "" if default is None or default is False else f" (default: {default})"
-        parser.add_argument(name, default=default, help=help + shown, **options)
-
+    (parser, add), positive = make_parser(__doc__), at_least(1, int)
     parser.add_argument("run", type=Path, help="run directory of distill.py, whose student or teacher is pruned")
     add("--init", "start at the distilled student or at its random teacher", "student", choices=("student", "random"))
     add("--rewind-epoch", "rewind to the end of this epoch of the first training; 0 is the very start", 0, type=at_least(0, int),
@@ -222,7 +221,7 @@ def parse_args(argv=None):
     add("--out", "directory of the curve (default: <run>/prune-<init>-rewind<ℓ>); a control's is beside it, with -control", type=Path)
     add("--resume", "go on with the curve, if there is one, to the same numbers (on a CPU to the last bit)", False, action="store_true")
     add("--data-dir", "where downloads and caches go", "data")
-    add("--mirror", "URL of a directory with the CIFAR archives (see distill.py)")
+    add("--mirror", "URL of a directory with the CIFAR archives; or set DATA_MIRROR", os.environ.get("DATA_MIRROR"))
     args = parser.parse_args(argv)
     if args.rewind_epoch >= args.epochs:
         parser.error(f"--rewind-epoch {args.rewind_epoch} is beyond the run: it must be less than --epochs {args.epochs}")
@@ -254,7 +253,7 @@ def main(argv=None):
     per_epoch = math.ceil(n / args.batch_size)
     steps = args.epochs * per_epoch
 
-    # What this run is, and whether it goes on from a checkpoint: its own, or for a control's first call its ticket's
+    # Does this run go on from a checkpoint? From its own, or a control that begins, from its ticket's
     ticket, out = args.out, args.out.with_name(args.out.name + "-control") if args.control else args.out
     settings = {key: value for key, value in distilled.items() if key not in MAY_CHANGE - {"steps", "epochs"}}
     config = {**vars(args), "run": str(args.run), "out": str(out), "n_images": n, "distilled": settings}
@@ -262,15 +261,14 @@ def main(argv=None):
     checkpoint = open_run(out, config, "prune.py", may_change)
     if args.control and not checkpoint:
         if not (ticket / "last.pt").exists():
-            raise Problem(f"no ticket in {ticket} to take the control's numbers from: run the same command without --control first")
+            raise Problem(f"no ticket in {ticket} whose numbers the control could keep: run the same without --control first")
         checkpoint = open_run(ticket, {**config, "resume": True}, "prune.py", may_change | {"control"})
-        checkpoint.update(survived=shuffle_within_layers(checkpoint["survived"], args.seed), log=checkpoint["log"][:1],
-                          round=1, now=checkpoint["point"], accuracies=[], seconds=0.0)
+        checkpoint.update(survived=shuffle_within_layers(checkpoint["survived"], args.seed), log=checkpoint["log"][:1], round=1,
+                          now=checkpoint["point"], accuracies=[], seconds=0.0)  # its dense training is the ticket's
+    if args.control and max(count.max() for count in checkpoint["survived"].values()) < args.rounds:
+        raise Problem(f"the ticket in {ticket} had fewer than {args.rounds} prunings when the control began: finish it with "
+                      f"--resume, then run the control, elsewhere than in {out} if that exists")
     args.amp = config["amp"] = pick_amp(checkpoint["config"]["amp"] if checkpoint else args.amp, device, distilled["arch"])
-
-    if args.control and max(t.max() for t in checkpoint["survived"].values()) < args.rounds:
-        raise Problem(f"the ticket in {ticket} had fewer than {args.rounds} prunings when this control began: finish it first"
-                      if (out / "last.pt").exists() else f"the ticket in {ticket} has fewer than {args.rounds} prunings: finish it first")
 
     network = classifier(student if args.init == "student" else teacher, ARCHS[distilled["arch"]][1], len(data.classes), args.seed)
     network.to(device)
@@ -291,7 +289,7 @@ def main(argv=None):
         return point["step"]
 
     # A weight's count of prunings survived holds the masks of all rounds: in round r the mask is survived >= r
-    survived = {name: torch.zeros(w.shape, dtype=torch.uint8, device=device) for name, w in weights.items()}
+    survived = {name: torch.zeros(w.shape, dtype=torch.int16, device=device) for name, w in weights.items()}
     prunings, step, point, log, accuracies, seconds = 0, 0, None, [], [], 0.0
     if checkpoint:
         step = rewind(checkpoint["now"])
@@ -315,21 +313,17 @@ def main(argv=None):
 
     def show(row):
         eta = timedelta(seconds=round((args.rounds - row["round"]) * row["seconds"]))
-        print(f"{row['round']:5d} {row['weights_left']:17.2f} {row['best_accuracy']:14.2f} {row['final_accuracy']:15.2f} "
-              f"{row['seconds']:8.0f} {eta!s:>9}", flush=True)
+        print(f"{row['round']:5d} " + "".join(f"{row[column]:16.2f}" for column in LOG_COLUMNS[1:]) + f"{eta!s:>16}", flush=True)
 
     def batch_loss(index):
         """Indices (B,) of images -> cross-entropy of the classifier on their crops in the coming step."""
-        x = normalise(augment(images[index], args.seed, step), stats)
-        with autocast:
-            embedding = network["encoder"](x)
-        return F.cross_entropy(network["head"](embedding.float()), labels[index])
+        return F.cross_entropy(classify(network, augment(images[index], args.seed, step), stats, autocast), labels[index])
 
     write_atomically(out / "config.json", lambda file: file.write((json.dumps(config, indent=2, default=str) + "\n").encode()))
     print(f"{distilled['arch']} from {'the student' if args.init == 'student' else 'the random teacher'} of {args.run} on {args.dataset}: "
           f"{n:,} images, {steps:,} steps of {args.batch_size} a round, {total:,} weights to prune, seed {args.seed}, "
           f"{device.type}, amp {args.amp} -> {out}")
-    print(f"{'round':>5} {'weights left (%)':>17} {'best accuracy':>14} {'final accuracy':>15} {'seconds':>8} {'ETA':>9}", flush=True)
+    print("round " + "".join(f"{title:>16}" for title in ("weights left %", "best test acc %", "final test acc %", "seconds", "ETA")), flush=True)
     for row in log:
         show(row)
     saved = time.time()
