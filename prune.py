@@ -136,10 +136,12 @@ def read_curves(paths):
             settings = {**config, **{f"distilled {key}": value for key, value in distilled.items()}}
             settings = {key: value for key, value in settings.items() if key.removeprefix("distilled ") not in NO_SETTING}
             groups.setdefault(json.dumps(settings, sort_keys=True), (settings, []))[1].append(curve)
-    named, all_settings = {}, [settings for settings, _ in groups.values()]
+    order = lambda group: (group[0]["init"] == "random", group[0]["rewind_epoch"], group[0]["control"] is not None)
+    groups = sorted(groups.values(), key=order)
+    named, all_settings = {}, [settings for settings, _ in groups]
     differing = [key for key in all_settings[0] if key not in ("init", "rewind_epoch", "control")
                  and any(settings.get(key) != all_settings[0][key] for settings in all_settings)]
-    for settings, curves in groups.values():
+    for settings, curves in groups:
         label = "student" if settings["init"] == "student" else "random init"
         label += f", rewound to epoch {settings['rewind_epoch']}" + ", random masks" * (settings["control"] == "random")
         named[label + "".join(f", {key} {settings.get(key)}" for key in differing)] = settings, curves
@@ -170,7 +172,7 @@ def plot(argv):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
     colours, markers = {}, "osD^vP*X"
     for label, rows in summary.items():
         control = groups[label][0]["control"] == "random"
@@ -191,7 +193,7 @@ def plot(argv):
              title=f"{settings['distilled arch']}, {settings['n_images']:,} images of {Path(settings['dataset']).name}, "
                    f"{settings['epochs']} epochs a round")
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     write_atomically(args.figure, lambda file: figure.savefig(file, format=args.figure.suffix[1:], dpi=150))
     print(f"the picture: {args.figure}")
 

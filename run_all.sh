@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything, in order.
 #
-#   bash run_all.sh quick    the paper's central effect on a CPU: three students, one table, one picture (minutes)
+#   bash run_all.sh quick    the paper's central effects on a CPU: three students, their features, a ticket (minutes)
 #   bash run_all.sh test     the tests
 #
 # Either makes .venv and installs requirements.txt first, unless the active Python has the packages already.
@@ -44,7 +44,13 @@ quick() {  # --resume: what is done is skipped, what was interrupted goes on
         $PY probe.py runs/quick/eps0 runs/quick/epsinf runs/quick/noise --dataset leaves \
             --json runs/quick/summary.json --figure figures/quick.png | tee runs/quick/table.txt
     fi
-    echo "the numbers: runs/quick/summary.json   the picture: figures/quick.png"
+    # Lottery tickets in miniature: the student, its random teacher, and the student under random masks
+    local ticket="$PY prune.py runs/quick/eps0 --n-samples 1750 --epochs 4 --batch-size 64 --rate 0.65 --rounds 2 --resume"
+    $ticket
+    $ticket --init random
+    $ticket --control random
+    $PY prune.py plot runs/quick/eps0 --figure figures/quick_tickets.png
+    echo "the numbers: runs/quick/summary.json, runs/quick/eps0/prune-*/log.csv   the pictures: figures/quick*.png"
 }
 
 case "${1:-}" in

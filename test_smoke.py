@@ -571,7 +571,8 @@ def test_what_is_pruned(everything):
     assert same(network["head"].state_dict(), prune.classifier(torch.nn.Identity(), 64, 10, seed=0)["head"].state_dict())
 
 
-@pytest.mark.parametrize("args", [[], ["--init", "random", "--rewind-epoch", 1], ["--prune-all", "--rate", 0.5], ["--amp", "fp16"]])
+@pytest.mark.parametrize("args", [[], ["--init", "random", "--rewind-epoch", 1], ["--prune-all", "--rate", 0.5], ["--amp", "fp16"],
+                                  *([["--device", "cuda", "--rewind-epoch", 1], ["--device", "cuda", "--amp", "fp16"]] * torch.cuda.is_available())])
 def test_counts_are_exact_and_pruned_weights_stay_zero(student, here, args, monkeypatch):
     seen = []  # at every save: the round, the weights its mask leaves, and how many of the others are not 0
     save = torch.save
@@ -593,40 +594,34 @@ def test_counts_are_exact_and_pruned_weights_stay_zero(student, here, args, monk
 
 @pytest.mark.parametrize("args", [[], ["--rewind-epoch", 1]])
 def test_rewinding_is_bit_identical_but_for_the_mask(student, here, monkeypatch, args):
-    """What each round starts from: network, optimiser, step, the first batch of images and the learning rate."""
-    starts, train = [], prune.train
+    """What each round starts from: network with its buffers, optimiser, step, order of the data, crops."""
+    starts, networks, train, build, augment = [], [], prune.train, prune.classifier, prune.augment
 
     def spy(batch_loss, n, optimizer, scaler, *, start, **options):
-        state = copy.deepcopy((optimizer.state_dict(), [p.detach() for group in optimizer.param_groups for p in group["params"]]))
-        starts.append([start, *state])
-        indices = []
-        for step, loss in train(lambda i: indices.append(i) or batch_loss(i), n, optimizer, scaler, start=start, **options):
-            if step == rewind_step + 1:
-                starts[-1].append(loss.item())
-            yield step, loss
-        starts[-1].append(torch.cat(indices))
-    rewind_step = 4 if args else 0
+        starts.append({"step": start, "indices": [], "crops": [],
+                       **copy.deepcopy({"network": networks[0].state_dict(), "optimizer": optimizer.state_dict()})})
+        return train(lambda i: starts[-1]["indices"].append(i) or batch_loss(i), n, optimizer, scaler, start=start, **options)
     monkeypatch.setattr(prune, "train", spy)
+    monkeypatch.setattr(prune, "classifier", lambda *args: networks.append(build(*args)) or networks[0])
+    monkeypatch.setattr(prune, "augment", lambda *args: starts[-1]["crops"].append(augment(*args)) or starts[-1]["crops"][-1])
     checkpoint = prune_run(student, "p", *args)
-    point = checkpoint["point"]
-    assert point["step"] == rewind_step
-    first, *later = starts
-    weights = {name: t for name, t in point["network"].items() if not ("running" in name or "num_batches" in name)}
-    for number, (start, optimizer, params, loss, order) in enumerate(later, 1):
-        assert start == rewind_step and optimizer["param_groups"] == point["optimizer"]["param_groups"]
-        assert torch.equal(order, first[-1][-len(order):]) and len(order) == 60 * (3 - len(args) // 2)
-        for mine, theirs in zip(optimizer["state"].values(), point["optimizer"]["state"].values(), strict=True):
+    point, (first, *later), skipped = checkpoint["point"], starts, 4 if args else 0
+    assert point["step"] == skipped and len(later) == 2 and bool(point["optimizer"]["state"]) == bool(args)
+    for number, start in enumerate(later, 1):
+        assert start["step"] == skipped and start["optimizer"]["param_groups"] == point["optimizer"]["param_groups"]
+        for part in ("indices", "crops"):
+            assert len(start[part]) == 12 - skipped and all(map(torch.equal, start[part], first[part][skipped:]))
+        for mine, theirs in zip(start["optimizer"]["state"].values(), point["optimizer"]["state"].values(), strict=True):
             assert torch.equal(mine["momentum_buffer"], theirs["momentum_buffer"])
-        for p, (name, q) in zip(params, weights.items(), strict=True):
-            mask = checkpoint["survived"][name] >= number if name in checkpoint["survived"] else True
-            assert torch.equal(p, q * mask), name
-    assert len(later) == 2 and bool(point["optimizer"]["state"]) == bool(args)
+        for name, q in point["network"].items():
+            mask = checkpoint["survived"][name] >= number if name in checkpoint["survived"] else torch.ones((), dtype=torch.bool)
+            assert torch.equal(start["network"][name], torch.where(mask, q, torch.zeros_like(q))), name
     if not args:  # the student's own weights, and nothing else
         _, encoder, _ = distill.load_checkpoint(student)
         assert all(torch.equal(point["network"]["encoder." + name], t) for name, t in encoder.state_dict().items())
 
 
-def test_init_random_is_the_teacher_and_nothing_of_it_depends_on_the_student(student, here):
+def test_init_random_is_the_teacher(student, here):
     checkpoint = prune_run(student, "p", "--init", "random", "--rounds", 0)
     teacher, _, _ = distill.load_checkpoint(student)
     assert all(torch.equal(checkpoint["point"]["network"]["encoder." + name], t) for name, t in teacher.state_dict().items())
@@ -833,7 +828,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(folder, here):
 
 
 def test_quick_as_a_user_runs_it(tmp_path):
-    for name in ("distill.py", "probe.py", "run_all.sh", "requirements.txt"):
+    for name in ("distill.py", "probe.py", "prune.py", "run_all.sh", "requirements.txt"):
         shutil.copy(REPO / name, tmp_path)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     quick = lambda: subprocess.run(["bash", "run_all.sh", "quick", "--steps", "4", "--eval-every", "2", "--n-samples", "200",
@@ -845,9 +840,14 @@ def test_quick_as_a_user_runs_it(tmp_path):
     for scores in (summary["raw"], summary["teacher"], *summary["students"].values()):
         assert set(scores) == {"linear_paper", "linear_converged", "knn"} and all(0 < s < 100 for s in scores.values())
     assert (tmp_path / "figures/quick.png").stat().st_size > 10_000 and not (tmp_path / ".venv").exists()
-    table = done.stdout[done.stdout.index("accuracy in %"):]
+    assert (tmp_path / "figures/quick_tickets.png").stat().st_size > 10_000
+    for name, left in (("student-rewind0", 12.25), ("random-rewind0", 12.25), ("student-rewind0-control", 12.25)):
+        assert float(curve(tmp_path / f"runs/quick/eps0/prune-{name}")[-1]["weights_left"]) == pytest.approx(left, abs=0.001)
+    features, tickets = (tmp_path / "runs/quick/table.txt").read_text(), done.stdout[done.stdout.index("best test accuracy in %"):]
+    assert features in done.stdout
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/quick/**/*") if p.is_file()}
     again = quick()
-    assert again.returncode == 0 and again.stdout.count("all 4 steps are done") == 3 and again.stdout.endswith(table)
+    assert again.returncode == 0 and again.stdout.count("all 4 steps are done") == 3 and again.stdout.count("all 2 rounds are done") == 3
+    assert features in again.stdout and again.stdout.endswith(tickets)
     assert stamps == {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/quick/**/*") if p.is_file()}
     assert subprocess.run(["bash", "run_all.sh", "quik"], cwd=tmp_path, env=environment, capture_output=True).returncode == 2
