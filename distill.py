@@ -460,6 +460,11 @@ def load_checkpoint(path, device="cpu"):
     return *encoders, checkpoint["config"]
 
 
+def fingerprint(encoder):
+    """A string that two encoders share if their weights are equal."""
+    return hashlib.sha256(b"".join(t.cpu().contiguous().numpy().tobytes() for t in encoder.state_dict().values())).hexdigest()
+
+
 # ---- Main ------------------------------------------------------------------------------------------------------------
 
 def at_least(low, kind):
@@ -677,7 +682,9 @@ def run_cli(main):
     except (Problem, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except torch.cuda.OutOfMemoryError:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: the GPU's memory is full: lower --batch-size or --out-dim, or --device cpu")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: the GPU's memory is full: lower --batch-size, or take --device cpu")
+    except ModuleNotFoundError as error:  # matplotlib, which is imported only where it draws
+        sys.exit(f"{Path(sys.argv[0]).name}: error: the package {error.name} is missing: pip install -r requirements.txt")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -9,15 +9,15 @@
 Three probes, because they disagree, and the disagreement teaches something (README): the paper's ten-epoch linear probe,
 the same linear probe standardised and trained to convergence, and k nearest neighbours.
 """
-import argparse, csv, hashlib, json, os, re, statistics
+import argparse, csv, json, os, re, statistics
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill import (ARCHS, DATASETS, Problem, at_least, channel_stats, load_checkpoint, load_data, normalise,
-                     pick_device, random_network, run_cli, write_atomically)
+from distill import (ARCHS, DATASETS, Problem, at_least, channel_stats, fingerprint, load_checkpoint, load_data,
+                     normalise, pick_device, random_network, run_cli, write_atomically)
 
 PROBES = {"linear_paper": "linear (paper)", "linear_converged": "linear (converged)", "knn": "k-NN"}
 
@@ -144,11 +144,6 @@ def common_data(configs, dataset):
     if not dataset and len(names) > 1:
         raise Problem(f"these runs use different data ({', '.join(sorted(names))}): name one with --dataset")
     return dataset or names.pop(), sizes.pop() if sizes else 32
-
-
-def fingerprint(encoder):
-    """A string that two encoders share if their weights are equal."""
-    return hashlib.sha256(b"".join(t.cpu().contiguous().numpy().tobytes() for t in encoder.state_dict().values())).hexdigest()
 
 
 def print_table(raw, teachers, students):

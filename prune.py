@@ -11,7 +11,7 @@ were at the rewinding point, train again. A *ticket* is a mask under which that 
 has to rewind to a point a few epochs into the training; the paper finds that a distilled student is such a point already.
 (Frankle & Carbin 2019 for the tickets; Frankle et al. 2020 for rewinding.)
 """
-import argparse, copy, csv, json, math, os, statistics, sys, time
+import argparse, copy, csv, json, math, os, sys, time
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill import (ARCHS, FORMATS, MAY_CHANGE, Problem, amp_tools, at_least, channel_stats, load_checkpoint, load_data, make_parser,
-                     normalise, open_run, pick_amp, pick_device, run_cli, stratified_subset, train, write_atomically, write_csv)
+from distill import (ARCHS, FORMATS, MAY_CHANGE, Problem, amp_tools, at_least, channel_stats, fingerprint, load_checkpoint,
+                     load_data, make_parser, normalise, open_run, pick_amp, pick_device, run_cli, stratified_subset, train,
+                     write_atomically, write_csv)
 
 
 # ---- Supervised training: network, augmentation, schedule, test accuracy ---------------------------------------------
@@ -75,6 +76,8 @@ def test_accuracy(network, images, labels, stats, autocast):
 # A mask is a plain dict {parameter name: bool tensor of its shape}, applied after every step. torch.nn.utils.prune would
 # do, but it replaces each weight by a product weight_orig · weight_mask: the optimiser then moves weight_orig, where a
 # pruned weight lives on out of sight, and the state dict no longer fits the encoder. Here the network stays as it is.
+# The masks of a whole curve are nested, so one count per weight holds them all: how many prunings it has survived. After
+# r prunings the mask is `survived >= r`.
 
 def prunable(network, everything=False):
     """{name: parameter} of what may be pruned: weights of convolutions and linear layers, or `everything`.
@@ -102,17 +105,23 @@ def apply_masks(weights, masks):
         weights[name].masked_fill_(~mask, 0)
 
 
-def shuffle_within_layers(survived, seed):
-    """The control's masks: each layer's entries in random order, so that every round keeps as many per layer as it did."""
+def control_of(ticket, seed):
+    """A ticket's checkpoint -> that of its control before the first sparse training: other weights, as many in every layer.
+
+    The control's masks are the ticket's with each layer's entries in random order. It shares the ticket's dense training
+    and rewinding point.
+    """
     generator = torch.Generator().manual_seed(seed)
     shuffled = lambda t: t.reshape(-1)[torch.randperm(t.numel(), generator=generator)].view(t.shape)
-    return {name: shuffled(t.cpu()) for name, t in survived.items()}
+    return {**ticket, "survived": {name: shuffled(count) for name, count in ticket["survived"].items()}, "prunings": 1,
+            "now": ticket["point"], "log": ticket["log"][:1], "accuracies": [], "seconds": 0.0}
 
 
-# ---- The curves and their picture (reads config.json and log.csv alone) ----------------------------------------------
+# ---- The curves and their picture (from config.json and log.csv alone) -----------------------------------------------
 
-LOG_COLUMNS = ("round", "weights_left", "best_accuracy", "final_accuracy", "seconds")
-NO_SETTING = MAY_CHANGE - {"epochs", "steps"} | {"run", "seed", "rounds"}  # curves that differ in these alone are repeats of one experiment
+LOG_COLUMNS = ("round", "weights_left", "best_accuracy", "final_accuracy", "seconds")  # %, %, % (best: over the epochs' ends)
+FREE = (MAY_CHANGE - {"epochs"}) | {"run", "rounds", "start", "n_images", "distilled"}  # on --resume; or checked apart
+NO_SETTING = (MAY_CHANGE - {"epochs", "steps"}) | {"run", "rounds", "start", "seed"}  # in which repeats may differ
 
 
 def read_curves(paths):
@@ -120,78 +129,77 @@ def read_curves(paths):
 
     `paths` are run directories of prune.py, or of distill.py with such directories inside. Raises Problem.
     """
-    groups = {}
+    folders, groups = {}, {}
     for path in paths:
-        found = [path] if (path / "config.json").exists() else sorted(p.parent for p in path.glob("*/config.json"))
+        found = [path] if (path / "log.csv").exists() and (path / "config.json").exists() else [
+            config.parent for config in sorted(path.glob("*/config.json"))]
         if not found:
-            raise Problem(f"no pruning curve in {path}: make one with prune.py, or name its directory")
-        for folder in found:
-            try:
-                config = json.loads((folder / "config.json").read_text())
-                with open(folder / "log.csv", newline="") as file:
-                    curve = {float(row["weights_left"]): float(row["best_accuracy"]) for row in csv.DictReader(file)}
-                distilled = config.pop("distilled")
-            except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
-                raise Problem(f"{folder} holds no readable curve ({error!r}): let prune.py finish a round, or leave it out") from None
-            settings = {**config, **{f"distilled {key}": value for key, value in distilled.items()}}
-            settings = {key: value for key, value in settings.items() if key.removeprefix("distilled ") not in NO_SETTING}
-            groups.setdefault(json.dumps(settings, sort_keys=True), (settings, []))[1].append(curve)
-    order = lambda group: (group[0]["init"] == "random", group[0]["rewind_epoch"], group[0]["control"] is not None)
-    groups = sorted(groups.values(), key=order)
-    named, all_settings = {}, [settings for settings, _ in groups]
-    differing = [key for key in all_settings[0] if key not in ("init", "rewind_epoch", "control")
-                 and any(settings.get(key) != all_settings[0][key] for settings in all_settings)]
-    for settings, curves in groups:
-        label = "student" if settings["init"] == "student" else "random init"
-        label += f", rewound to epoch {settings['rewind_epoch']}" + ", random masks" * (settings["control"] == "random")
+            raise Problem(f"no pruning curve in {path}: let prune.py finish a round, or name the directory of a curve")
+        folders.update({folder.resolve(): folder for folder in found})  # none of them twice
+    for folder in folders.values():
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            config |= {f"distilled {key}": value for key, value in config.pop("distilled").items()}
+            with open(folder / "log.csv", newline="") as file:
+                curve = {float(row["weights_left"]): float(row["best_accuracy"]) for row in csv.DictReader(file)}
+            kind = config["init"] == "random", config["rewind_epoch"], config["control"] or ""  # in the order of the legend
+            if 100.0 not in curve:
+                raise ValueError("no row with 100 % of the weights")
+        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
+            raise Problem(f"{folder} holds no readable curve ({error!r}): leave it out, or prune again") from None
+        settings = {key: value for key, value in config.items() if key.removeprefix("distilled ") not in NO_SETTING}
+        groups.setdefault((kind, json.dumps(settings, sort_keys=True)), (settings, []))[1].append(curve)
+    everything = [settings for settings, _ in groups.values()]
+    differing = [key for key in sorted(set().union(*everything)) if key not in ("init", "rewind_epoch", "control")
+                 and any(settings.get(key) != everything[0].get(key) for settings in everything)]
+    named = {}
+    for kind, settings_text in sorted(groups):
+        settings, curves = groups[kind, settings_text]
+        label = "random init" if settings["init"] == "random" else "student"
+        label += f", rewound to epoch {settings['rewind_epoch']}" + ", random masks" * (settings["control"] is not None)
         named[label + "".join(f", {key} {settings.get(key)}" for key in differing)] = settings, curves
     return named
 
 
 def plot(argv):
-    """Print and draw Fig. 8: test accuracy over weights left, mean ± standard deviation over repeats."""
+    """Print and draw Fig. 8: test accuracy of the best epoch over weights left, mean ± standard deviation over repeats."""
     parser = argparse.ArgumentParser(prog="prune.py plot", description=plot.__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="directories of prune.py, or of distill.py with such inside")
     parser.add_argument("--figure", type=Path, default=Path("figures/tickets.png"), help="default: figures/tickets.png")
     args = parser.parse_args(argv)
     if args.figure.suffix not in (".png", ".pdf", ".svg"):
         parser.error("--figure wants a name that ends in .png, .pdf or .svg")
-    groups = read_curves(args.runs)
-    summary = {}  # label: rows of (weights left, mean, std or 0), over the rounds that all repeats have
-    for label, (_, curves) in groups.items():
-        common = [left for left in curves[0] if all(left in curve for curve in curves)]
-        scores = [[curve[left] for curve in curves] for left in common]
-        summary[label] = [(left, statistics.mean(s), statistics.stdev(s) if len(s) > 1 else 0.0) for left, s in zip(common, scores)]
-    width = max(map(len, groups)) + 12
+    groups, summary = read_curves(args.runs), {}
+    width = max(map(len, groups)) + 8
     print("best test accuracy in % at weights left in %")
-    for label, rows in summary.items():
-        n = len(groups[label][1])
-        cells = (f"{left:.3g}: {mean:.2f}" + f" ± {std:.2f}" * (n > 1) for left, mean, std in rows)
-        print(f"{f'{label} (n={n})':{width}}" + "   ".join(cells))
+    for label, (_, curves) in groups.items():
+        left = [left for left in curves[0] if all(left in curve for curve in curves)]  # the rounds that all repeats have
+        scores = np.array([[curve[x] for x in left] for curve in curves])
+        mean, std = scores.mean(0), scores.std(0, ddof=1) if len(curves) > 1 else np.zeros(len(left))
+        summary[f"{label} (n={len(curves)})"] = left, mean, std
+        cells = (f"{x:.3g}: {m:.2f}" + f" ± {s:.2f}" * (len(curves) > 1) for x, m, s in zip(left, mean, std))
+        print(f"{f'{label} (n={len(curves)})':{width}}" + "   ".join(cells))
 
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    colours, markers = {}, "osD^vP*X"
-    for label, rows in summary.items():
-        control = groups[label][0]["control"] == "random"
-        number = colours.setdefault(label.replace(", random masks", ""), len(colours))  # a control has its ticket's colour
-        left, mean, std = map(np.array, zip(*rows))
-        axis.plot(left, mean, color=f"C{number}", marker=markers[number % 8], linestyle="--" if control else "-",
-                  markerfacecolor="white" if control else None, markersize=5, label=f"{label} (n={len(groups[label][1])})")
-        if len(groups[label][1]) > 1:
-            axis.fill_between(left, mean - std, mean + std, color=f"C{number}", alpha=0.15, linewidth=0)
-    ticks = max(([left for left, *_ in rows] for rows in summary.values()), key=len)
+    colours = {}
+    for (label, (left, mean, std)), (settings, _) in zip(summary.items(), groups.values()):
+        control = settings["control"] is not None
+        number = colours.setdefault(json.dumps({**settings, "control": None}), len(colours))  # a control has its ticket's colour
+        axis.plot(left, mean, color=f"C{number}", marker="osD^vP*X"[number % 8], linestyle="--" if control else "-",
+                  markerfacecolor="white" if control else None, markersize=5, label=label)
+        axis.fill_between(left, mean - std, mean + std, color=f"C{number}", alpha=0.15, linewidth=0)
+    ticks = max((left for left, *_ in summary.values()), key=len)
     ticks = ticks[::math.ceil(len(ticks) / 9)]
     axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axis.set_xticks([], minor=True)
     axis.invert_xaxis()
-    settings = next(iter(groups.values()))[0]
-    axis.set(xlabel="weights left (%)", ylabel="test accuracy, best epoch (%)",
-             title=f"{settings['distilled arch']}, {settings['n_images']:,} images of {Path(settings['dataset']).name}, "
-                   f"{settings['epochs']} epochs a round")
+    titles = [f"{s['distilled arch']}, {s['n_images']:,} images of {Path(s['dataset']).name}, {s['epochs']} epochs a round"
+              for s, _ in groups.values()]
+    axis.set(xlabel="weights left (%)", ylabel="test accuracy, best epoch (%)", title=titles[0] if len(set(titles)) == 1 else "")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     write_atomically(args.figure, lambda file: figure.savefig(file, format=args.figure.suffix[1:], dpi=150))
@@ -229,6 +237,8 @@ def parse_args(argv=None):
         parser.error(f"--rewind-epoch {args.rewind_epoch} is beyond the run: it must be less than --epochs {args.epochs}")
     if not 0 < args.rate < 1:
         parser.error("--rate must lie between 0 and 1")
+    if args.rounds > 1000:
+        parser.error("--rounds must be at most 1000")
     if args.seed is not None and args.seed >= 2**62:
         parser.error("--seed must be below 2**62")
     folder = args.run if args.run.is_dir() else args.run.parent
@@ -246,64 +256,69 @@ def main(argv=None):
     args.dataset = args.dataset or distilled["probe_dataset"] or distilled["dataset"]
     args.seed = distilled["seed"] if args.seed is None else args.seed
     args.lr = (0.05 if distilled["arch"] == "resnet20" else 0.1) if args.lr is None else args.lr
-    data = load_data(args.dataset, distilled["image_size"], args.data_dir, args.mirror)
-    if len(data.test_y) == 0:
-        raise Problem(f"{args.dataset} has no labels to train on: name a labelled data set with --dataset")
-    keep = stratified_subset(data.train_y, args.n_samples) if args.n_samples else slice(None)
-    images, labels, test_x, test_y = (t.to(device) for t in (data.train_x[keep], data.train_y[keep], data.test_x, data.test_y))
-    stats, n = channel_stats(images), len(images)
-    per_epoch = math.ceil(n / args.batch_size)
-    steps = args.epochs * per_epoch
+    start = student if args.init == "student" else teacher
 
-    # Does this run go on from a checkpoint? From its own, or a control that begins, from its ticket's
-    ticket, out = args.out, args.out.with_name(args.out.name + "-control") if args.control else args.out
+    # Does this curve go on from a checkpoint? From its own; a control that begins, from its ticket's
+    ticket, out = args.out, Path(f"{args.out}-control") if args.control else args.out
     settings = {key: value for key, value in distilled.items() if key not in MAY_CHANGE - {"steps", "epochs"}}
-    config = {**vars(args), "run": str(args.run), "out": str(out), "n_images": n, "distilled": settings}
-    may_change = MAY_CHANGE - {"epochs"} | {"run", "rounds"}
-    checkpoint = open_run(out, config, "prune.py", may_change)
+    config = {**vars(args), "run": str(args.run), "out": str(out), "start": fingerprint(start)[:12], "distilled": settings}
+    checkpoint = open_run(out, config, "prune.py", FREE - {"rounds"} if args.control else FREE)
+    if not checkpoint and (out / "log.csv").exists():
+        raise Problem(f"{out} holds a log.csv without its last.pt, which would be overwritten: name another directory with --out")
     if args.control and not checkpoint:
         if not (ticket / "last.pt").exists():
             raise Problem(f"no ticket in {ticket} whose numbers the control could keep: run the same without --control first")
-        checkpoint = open_run(ticket, {**config, "resume": True}, "prune.py", may_change | {"control"})
-        checkpoint.update(survived=shuffle_within_layers(checkpoint["survived"], args.seed), log=checkpoint["log"][:1], round=1,
-                          now=checkpoint["point"], accuracies=[], seconds=0.0)  # its dense training is the ticket's
-    if args.control and max(count.max() for count in checkpoint["survived"].values()) < args.rounds:
-        raise Problem(f"the ticket in {ticket} had fewer than {args.rounds} prunings when the control began: finish it with "
-                      f"--resume, then run the control, elsewhere than in {out} if that exists")
+        checkpoint = control_of(open_run(ticket, {**config, "resume": True}, "prune.py", FREE | {"control"}), args.seed)
+        had = max(count.max().item() for count in checkpoint["survived"].values())
+        if had < max(args.rounds, 1):
+            raise Problem(f"the ticket in {ticket} has had {had} prunings, not {args.rounds}: finish it with --resume first")
+    if checkpoint and checkpoint["config"]["start"] != config["start"]:
+        raise Problem(f"{ticket} began from other weights than {args.run} holds now: delete it, or name another directory with --out")
     args.amp = config["amp"] = pick_amp(checkpoint["config"]["amp"] if checkpoint else args.amp, device, distilled["arch"])
 
-    network = classifier(student if args.init == "student" else teacher, ARCHS[distilled["arch"]][1], len(data.classes), args.seed)
-    network.to(device)
+    data = load_data(args.dataset, distilled["image_size"], args.data_dir, args.mirror)
+    if len(data.test_y) == 0:
+        raise Problem(f"{args.dataset} has no labels to train on: name a labelled data set with --dataset")
+    subset = stratified_subset(data.train_y, args.n_samples) if args.n_samples else slice(None)
+    images, labels, test_x, test_y = (t.to(device) for t in (data.train_x[subset], data.train_y[subset], data.test_x, data.test_y))
+    stats, n = channel_stats(images), len(images)
+    if checkpoint and checkpoint["config"]["n_images"] != n:
+        raise Problem(f"{ticket} was trained on {checkpoint['config']['n_images']:,} images, but {args.dataset} holds {n:,} now")
+    config["n_images"] = n
+    per_epoch = math.ceil(n / args.batch_size)
+    steps = args.epochs * per_epoch
+
+    network = classifier(start, ARCHS[distilled["arch"]][1], len(data.classes), args.seed).to(device)
     optimizer = torch.optim.SGD(network.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
     autocast, scaler = amp_tools(args.amp, device)
     parts = {"network": network, "optimizer": optimizer, "scaler": scaler}
     weights = prunable(network, args.prune_all)
     total = sum(w.numel() for w in weights.values())
+    remaining = lambda prunings: round(total * (1 - args.rate) ** prunings)
+    if remaining(args.rounds) < 1:
+        raise Problem(f"--rounds {args.rounds} at --rate {args.rate} would prune the last weight: take fewer")
 
     def snapshot():
         """A copy of everything that a step changes."""
         return copy.deepcopy({"step": step, **{name: part.state_dict() for name, part in parts.items()}})
 
-    def rewind(point):
-        """Put everything back as `point` has it; returns its step, and with it the schedule, the data's order and the crops."""
+    def restore(point):
+        """Put everything back as the snapshot `point` has it; returns its step, from which schedule, order and crops follow."""
         for name, part in parts.items():
             part.load_state_dict(copy.deepcopy(point[name]))  # an optimiser keeps the tensors it is given, and changes them
         return point["step"]
 
-    # A weight's count of prunings survived holds the masks of all rounds: in round r the mask is survived >= r
     survived = {name: torch.zeros(w.shape, dtype=torch.int16, device=device) for name, w in weights.items()}
     prunings, step, point, log, accuracies, seconds = 0, 0, None, [], [], 0.0
     if checkpoint:
-        step = rewind(checkpoint["now"])
+        step = restore(checkpoint["now"])
         survived = {name: t.to(device) for name, t in checkpoint["survived"].items()}
-        prunings, point, log, accuracies, seconds = (checkpoint[key] for key in ("round", "point", "log", "accuracies", "seconds"))
-    if len(log) > args.rounds:
-        return print(f"{out}: all {args.rounds} rounds are done")
+        prunings, point, log, accuracies, seconds = (checkpoint[key] for key in ("prunings", "point", "log", "accuracies", "seconds"))
 
     def save():
-        write_atomically(out / "last.pt", lambda file: torch.save({
-            "format": FORMATS["prune.py"], "config": config, "now": snapshot(), "point": point, "survived": survived,
-            "round": prunings, "log": log, "accuracies": accuracies, "seconds": seconds}, file))
+        state = {"format": FORMATS["prune.py"], "config": config, "now": snapshot(), "point": point, "survived": survived,
+                 "prunings": prunings, "log": log, "accuracies": accuracies, "seconds": seconds}
+        write_atomically(out / "last.pt", lambda file: torch.save(state, file))
 
     def prepare():
         """What holds before every step: the schedule's learning rate, pruned weights at 0; and the rewinding point is kept."""
@@ -315,23 +330,22 @@ def main(argv=None):
 
     def show(row):
         eta = timedelta(seconds=round((args.rounds - row["round"]) * row["seconds"]))
-        print(f"{row['round']:5d} " + "".join(f"{row[column]:16.2f}" for column in LOG_COLUMNS[1:]) + f"{eta!s:>16}", flush=True)
+        print(f"{row['round']:5d}" + "".join(f"{row[column]:18.2f}" for column in LOG_COLUMNS[1:]) + f"{eta!s:>18}", flush=True)
 
     def batch_loss(index):
         """Indices (B,) of images -> cross-entropy of the classifier on their crops in the coming step."""
         return F.cross_entropy(classify(network, augment(images[index], args.seed, step), stats, autocast), labels[index])
 
-    write_atomically(out / "config.json", lambda file: file.write((json.dumps(config, indent=2, default=str) + "\n").encode()))
     print(f"{distilled['arch']} from {'the student' if args.init == 'student' else 'the random teacher'} of {args.run} on {args.dataset}: "
           f"{n:,} images, {steps:,} steps of {args.batch_size} a round, {total:,} weights to prune, seed {args.seed}, "
           f"{device.type}, amp {args.amp} -> {out}")
-    print("round " + "".join(f"{title:>16}" for title in ("weights left %", "best test acc %", "final test acc %", "seconds", "ETA")), flush=True)
+    print("round" + "".join(f"{title:>18}" for title in ("weights left (%)", "best epoch (%)", "last epoch (%)", "seconds", "ETA")), flush=True)
     for row in log:
         show(row)
     saved = time.time()
     while True:
         masks = {name: count >= prunings for name, count in survived.items()}
-        if len(log) == prunings:  # this round's training is not at its end
+        if len(log) == prunings:  # this round's training is not at its end yet
             prepare()
             losses, clock = [], time.time()
             for step, loss in train(batch_loss, n, optimizer, scaler, steps=steps, batch_size=args.batch_size, seed=args.seed, start=step):
@@ -339,8 +353,7 @@ def main(argv=None):
                 losses.append(loss)
                 if step % per_epoch:
                     continue
-                losses.append(sum(w.detach().square().sum() for w in weights.values()))  # stands for the next step's loss
-                if not torch.stack(losses).isfinite().all():
+                if not (torch.stack(losses).isfinite().all() and all(w.isfinite().all() for w in weights.values())):
                     raise Problem(f"the loss is not finite any more in epoch {step // per_epoch} of round {prunings}: lower --lr or "
                                   f"take --amp off; what {out} held is kept")
                 accuracies.append(test_accuracy(network, test_x, test_y, stats, autocast))
@@ -356,15 +369,15 @@ def main(argv=None):
             save()
             saved = time.time()
             show(log[-1])
+        write_atomically(out / "config.json", lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
         write_csv(out / "log.csv", LOG_COLUMNS, log)
-        if prunings == args.rounds:
-            break
+        if prunings >= args.rounds:
+            return print(f"{out}: all {args.rounds} rounds are done")
         prunings += 1
         if not args.control:  # whose masks are drawn already
-            kept = magnitude_mask(weights, masks, keep=round(total * (1 - args.rate) ** prunings))
-            for name, mask in kept.items():
+            for name, mask in magnitude_mask(weights, masks, remaining(prunings)).items():
                 survived[name] += mask
-        step, accuracies, seconds = rewind(point), [], 0.0
+        step, accuracies, seconds = restore(point), [], 0.0
 
 
 if __name__ == "__main__":

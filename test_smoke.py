@@ -513,7 +513,8 @@ def student(folder, tmp_path_factory):
 
 def prune_run(student, out, *args):
     """A small pruning curve in this process: 3 trainings of 3 epochs of 4 steps; returns its checkpoint."""
-    prune.main([str(student), "--epochs", "3", "--batch-size", "16", "--rounds", "2", "--device", "cpu", "--out", str(out), *map(str, args)])
+    prune.main([str(student), "--epochs", "3", "--batch-size", "16", "--rounds", "2", "--device", "cpu", "--amp", "off",
+                "--out", str(out), *map(str, args)])
     return distill.read_checkpoint(out, "prune.py")
 
 
@@ -571,15 +572,15 @@ def test_what_is_pruned(everything):
     assert same(network["head"].state_dict(), prune.classifier(torch.nn.Identity(), 64, 10, seed=0)["head"].state_dict())
 
 
-@pytest.mark.parametrize("args", [[], ["--init", "random", "--rewind-epoch", 1], ["--prune-all", "--rate", 0.5], ["--amp", "fp16"],
+@pytest.mark.parametrize("args", [[], ["--init", "random", "--rewind-epoch", 1], ["--prune-all", "--rate", 0.5], ["--amp", "bf16"],
                                   *([["--device", "cuda", "--rewind-epoch", 1], ["--device", "cuda", "--amp", "fp16"]] * torch.cuda.is_available())])
 def test_counts_are_exact_and_pruned_weights_stay_zero(student, here, args, monkeypatch):
     seen = []  # at every save: the round, the weights its mask leaves, and how many of the others are not 0
     save = torch.save
     def spy(checkpoint, file):
-        masks = {name: count >= checkpoint["round"] for name, count in checkpoint["survived"].items()}
+        masks = {name: count >= checkpoint["prunings"] for name, count in checkpoint["survived"].items()}
         revived = sum((checkpoint["now"]["network"][name][~mask] != 0).sum().item() for name, mask in masks.items())
-        seen.append((checkpoint["round"], sum(mask.sum().item() for mask in masks.values()), revived))
+        seen.append((checkpoint["prunings"], sum(mask.sum().item() for mask in masks.values()), revived))
         save(checkpoint, file)
     monkeypatch.setattr(torch, "save", spy)
     monkeypatch.setattr(prune.time, "time", lambda clock=itertools.count(0, 100): next(clock))  # so that it saves after each epoch
@@ -600,7 +601,14 @@ def test_rewinding_is_bit_identical_but_for_the_mask(student, here, monkeypatch,
     def spy(batch_loss, n, optimizer, scaler, *, start, **options):
         starts.append({"step": start, "indices": [], "crops": [],
                        **copy.deepcopy({"network": networks[0].state_dict(), "optimizer": optimizer.state_dict()})})
-        return train(lambda i: starts[-1]["indices"].append(i) or batch_loss(i), n, optimizer, scaler, start=start, **options)
+
+        def watched(index):  # before every step
+            step, weights = start + len(starts[-1]["indices"]), prune.prunable(networks[0])
+            assert optimizer.param_groups[0]["lr"] == prune.learning_rate(0.05, step, 12)
+            assert sum((w == 0).sum() for w in weights.values()) >= sum(w.numel() for w in weights.values()) * (1 - 0.8 ** (len(starts) - 1)) - 1
+            starts[-1]["indices"].append(index)
+            return batch_loss(index)
+        return train(watched, n, optimizer, scaler, start=start, **options)
     monkeypatch.setattr(prune, "train", spy)
     monkeypatch.setattr(prune, "classifier", lambda *args: networks.append(build(*args)) or networks[0])
     monkeypatch.setattr(prune, "augment", lambda *args: starts[-1]["crops"].append(augment(*args)) or starts[-1]["crops"][-1])
@@ -621,6 +629,34 @@ def test_rewinding_is_bit_identical_but_for_the_mask(student, here, monkeypatch,
         assert all(torch.equal(point["network"]["encoder." + name], t) for name, t in encoder.state_dict().items())
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_round_that_prunes_nothing_repeats_the_first(student, here, device, amp):
+    """Nothing but the mask distinguishes the rounds: without one they end in the same network, and the same accuracy."""
+    checkpoint = prune_run(student, "p", "--rewind-epoch", 1, "--rate", 1e-9, "--amp", amp, "--device", device, "--rounds", 0)
+    ends = [checkpoint, prune_run(student, "p", "--rewind-epoch", 1, "--rate", 1e-9, "--amp", amp, "--device", device, "--resume")]
+    for name, tensor in ends[0]["now"]["network"].items():
+        assert torch.equal(tensor, ends[1]["now"]["network"][name]) if device == "cpu" else torch.allclose(tensor, ends[1]["now"]["network"][name], atol=1e-3)
+    assert ends[0]["now"]["scaler"] == ends[1]["now"]["scaler"] and ends[1]["prunings"] == 2
+    assert device != "cpu" or len({row["final_accuracy"] for row in curve("p")}) == 1
+
+
+def test_it_learns_from_its_own_labels_and_measures_in_eval_mode(student, folder, here):
+    checkpoint = prune_run(student, "p", "--init", "random", "--rounds", 0, "--n-samples", 30, "--epochs", 10, "--batch-size", 8)
+    assert float(curve("p")[0]["final_accuracy"]) > 90  # three classes, which differ in brightness
+    data = distill.load_data(str(folder), 16)
+    network = prune.classifier(distill.random_network(0, "resnet20", 1, 16).encoder, 64, 3, seed=0)
+    network.load_state_dict(checkpoint["now"]["network"])
+    stats = distill.channel_stats(data.train_x[distill.stratified_subset(data.train_y, 30)])
+    network.eval()
+    with torch.no_grad():
+        logits = network["head"](network["encoder"](distill.normalise(data.test_x, stats)))
+    network.train()
+    measured = prune.test_accuracy(network, data.test_x, data.test_y, stats, distill.amp_tools("off", torch.device("cpu"))[0])
+    assert measured == pytest.approx(probe.accuracy(logits.argmax(1), data.test_y)) == pytest.approx(float(curve("p")[0]["final_accuracy"]))
+    assert network.training and all(torch.equal(t, network.state_dict()[name]) for name, t in checkpoint["now"]["network"].items())
+
+
 def test_init_random_is_the_teacher(student, here):
     checkpoint = prune_run(student, "p", "--init", "random", "--rounds", 0)
     teacher, _, _ = distill.load_checkpoint(student)
@@ -633,9 +669,9 @@ def test_one_seed_one_curve(student, here):
     assert not same(first["now"]["network"], other["now"]["network"])
 
 
-@pytest.mark.parametrize("saves", [2, 3, 5])
+@pytest.mark.parametrize("saves", [1, 3, 4, 7])
 def test_a_killed_curve_goes_on_to_the_same_numbers(student, here, monkeypatch, saves):
-    """Killed at the `saves`-th checkpoint, in the middle of a round or at its end, just after writing it."""
+    """Killed at the `saves`-th checkpoint: at the rewinding point, at the end of a round, in the middle, at the very end."""
     args = ["--rewind-epoch", 1]
     whole = prune_run(student, "whole", *args)
     write, left = distill.write_atomically, [saves]
@@ -656,32 +692,42 @@ def test_a_killed_curve_goes_on_to_the_same_numbers(student, here, monkeypatch, 
     resumed = prune_run(student, "killed", *args, "--resume")
     assert curve("killed") == curve("whole") and len(curve("whole")) == 3
     assert same(whole["now"]["network"], resumed["now"]["network"]) and same(whole["survived"], resumed["survived"])
-    stamp = Path("killed/last.pt").stat().st_mtime_ns
-    prune_run(student, "killed", *args, "--resume")  # done: left alone
-    assert Path("killed/last.pt").stat().st_mtime_ns == stamp
-    longer = prune_run(student, "killed", *args, "--resume", "--rounds", 3)
-    assert len(curve("killed")) == 4 and curve("killed")[:3] == curve("whole")
-    assert same(longer["now"]["network"], prune_run(student, "long", *args, "--rounds", 3)["now"]["network"])
 
 
-def test_the_control_keeps_as_many_weights_per_layer(student, here):
-    problem(prune.main, student, "--control", "random", "--out", "p", says=["without --control first"])
+def test_a_finished_curve_is_left_alone_and_can_be_made_longer(student, here, capsys):
+    prune_run(student, "a", "--rounds", 1)
+    before, stamp = curve("a"), Path("a/last.pt").stat().st_mtime_ns
+    prune_run(student, "a", "--rounds", 1, "--resume")
+    assert "all 1 rounds are done" in capsys.readouterr().out and Path("a/last.pt").stat().st_mtime_ns == stamp and curve("a") == before
+    longer, whole = prune_run(student, "a", "--resume"), prune_run(student, "b")
+    assert curve("a") == curve("b") and curve("a")[:2] == before and same(longer["now"]["network"], whole["now"]["network"])
+
+
+def test_the_control_keeps_as_many_weights_per_layer(student, here, monkeypatch):
+    args = ["--rewind-epoch", 1, "--control", "random"]
+    problem(prune.main, student, "--out", "p", *args, says=["without --control first"])
     ticket = prune_run(student, "p", "--rewind-epoch", 1)
-    prune.main([str(student), "--epochs", "3", "--batch-size", "16", "--rounds", "2", "--out", "p", "--rewind-epoch", "1", "--control", "random"])
+    with monkeypatch.context() as patch:  # killed before its first log line
+        patch.setattr(prune, "write_csv", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prune_run(student, "p", *args)
+    prune_run(student, "p", *args, "--resume")
     control = distill.read_checkpoint("p-control", "prune.py")
     for name, count in ticket["survived"].items():
         assert not torch.equal(count, control["survived"][name])
         for number in (1, 2):
             assert (count >= number).sum() == (control["survived"][name] >= number).sum()
+        assert (control["now"]["network"][name][control["survived"][name] < 2] == 0).all()
     assert same(ticket["point"]["network"], control["point"]["network"])
     mine, theirs = curve("p-control"), curve("p")
     assert mine[0] == theirs[0] and [row["weights_left"] for row in mine] == [row["weights_left"] for row in theirs]
     assert not same(ticket["now"]["network"], control["now"]["network"])
-    command = [student, "--batch-size", 16, "--out", "p", "--rewind-epoch", 1, "--control", "random", "--rounds"]
+    command = [student, "--batch-size", 16, "--amp", "off", "--out", "p", *args, "--rounds"]
     problem(prune.main, *command, 2, "--epochs", 3, says=["p-control", "--resume"])
+    problem(prune.main, *command, 3, "--epochs", 3, "--resume", says=["p-control", "--rounds 2, not 3"])
     shutil.rmtree("p-control")
     problem(prune.main, *command, 2, "--epochs", 2, says=["--epochs 3, not 2"])
-    problem(prune.main, *command, 3, "--epochs", 3, says=["fewer than 3 prunings"])
+    problem(prune.main, *command, 3, "--epochs", 3, says=["has had 2 prunings, not 3"])
     assert not Path("p-control").exists()
 
 
@@ -695,45 +741,69 @@ def test_prune_refuses_bad_input_and_overwrites_nothing(folder, student, here):
     done = cli("prune.py", student, "--rate", 1)
     assert done.returncode == 2 and "--rate" in done.stderr.splitlines()[-1]
     prune_run(student, "p")
-    command, before = [student, "--epochs", 3, "--batch-size", 16, "--rounds", 2, "--out", "p"], {p: p.read_bytes() for p in Path("p").iterdir()}
-    assert set(path.name for path in before) == {"last.pt", "log.csv", "config.json"}
+    command = [student, "--epochs", 3, "--batch-size", 16, "--rounds", 2, "--amp", "off", "--out", "p"]
+    before = {p: p.read_bytes() for p in (*Path("p").iterdir(), *student.iterdir())}
+    assert {path.name for path in Path("p").iterdir()} == {"last.pt", "log.csv", "config.json"}
     problem(prune.main, *command, says=["p/last.pt exists", "--resume"])
-    problem(prune.main, *command, "--resume", "--init", "random", says=["--init student, not random"])
-    problem(prune.main, *command, "--resume", "--epochs", 4, says=["--epochs 3, not 4"])
-    problem(prune.main, *command, "--resume", "--lr", 0.3, says=["--lr 0.05, not 0.3"])
-    problem(prune.main, *command, "--resume", "--rewind-epoch", 2, says=["--rewind-epoch 0, not 2"])
+    for option, was, now in (("--init", "student", "random"), ("--epochs", 3, 4), ("--lr", 0.05, 0.3), ("--rewind-epoch", 0, 2), ("--seed", 0, 1),
+                             ("--batch-size", 16, 8), ("--rate", 0.2, 0.5), ("--n-samples", None, 30), ("--amp", "off", "fp16")):
+        problem(prune.main, *command, "--resume", option, now, says=[f"{option} {was}, not {now}"])
+    problem(prune.main, *command, "--resume", "--prune-all", says=["--prune-all False, not True"])
+    other = distill.read_checkpoint(student)
+    other["student"]["encoder.0.weight"] += 1
+    torch.save(other, "other.pt")
+    problem(prune.main, "other.pt", *command[1:], "--resume", says=["p began from other weights than other.pt holds"])
+    problem(prune.main, student, "--rounds", 100, "--out", "q", says=["--rounds 100", "last weight"])
+    shutil.copytree("p", "q")
+    Path("q/last.pt").unlink()
+    problem(prune.main, *command[:-1], "q", says=["q holds a log.csv without its last.pt"])
     problem(prune.main, "p", says=["not a checkpoint of distill.py"])
     problem(prune.main, student, "--out", student, "--resume", says=["not a checkpoint of prune.py"])
     problem(prune.main, student, "--lr", 1e30, "--epochs", 3, "--batch-size", 16, "--out", "nan", says=["not finite", "--lr"])
-    assert before == {p: p.read_bytes() for p in Path("p").iterdir()}
+    assert not Path("nan").exists() and before == {p: p.read_bytes() for p in (*Path("p").iterdir(), *student.iterdir())}
     Path("p/last.pt").write_bytes(before[Path("p/last.pt")][:5000])
     problem(prune.main, *command, "--resume", says=["truncated", "prune.py"])
 
 
 def test_plot_draws_means_over_seeds_from_the_logs_alone(student, here, capsys):
     pytest.importorskip("matplotlib")
-    for init, seed, best in (("student", 0, (60, 50)), ("student", 1, (62, 54)), ("random", 0, (60, 40))):
-        out = Path(f"runs/{seed}/prune-{init}")
-        prune_run(student, out, "--seed", seed, "--init", init, "--rounds", 1)
-        (out / "last.pt").unlink()  # the plot does without
-        rows = [f"{number},{left},{accuracy},0,0\n" for number, left, accuracy in zip((0, 1), (100.0, 80.0), best)]
-        (out / "log.csv").write_text("round,weights_left,best_accuracy,final_accuracy,seconds\n" + "".join(rows))
+    prune_run(student, "made", "--rounds", 0)
+    config = json.loads(Path("made/config.json").read_text())
+
+    def write(out, best, **settings):
+        Path(out).mkdir(parents=True)
+        Path(out, "config.json").write_text(json.dumps({**config, **settings}))
+        rows = "".join(f"{number},{100 * 0.8**number},{accuracy},0,0\n" for number, accuracy in enumerate(best))
+        Path(out, "log.csv").write_text("round,weights_left,best_accuracy,final_accuracy,seconds\n" + rows)
+    write("runs/0/prune-a", (60, 50), seed=0, run="runs/0")
+    write("runs/1/prune-a", (62, 54, 44), seed=1, run="runs/1")  # one round more
+    write("runs/0/prune-b", (60, 40), init="random")
+    write("runs/0/prune-a-control", (60, 30), control="random")
     capsys.readouterr()
-    prune.main(["plot", "runs/0", "runs/1/prune-student", "--figure", "f.png"])
-    text = capsys.readouterr().out
-    assert re.search(r"student, rewound to epoch 0 \(n=2\) +100: 61.00 ± 1.41 +80: 52.00 ± 2.83\n", text), text
-    assert re.search(r"random init, rewound to epoch 0 \(n=1\) +100: 60.00 +80: 40.00\n", text), text
+    prune.main(["plot", "runs/0", "runs/1/prune-a", "runs/1", "--figure", "f.png"])  # runs/1/prune-a twice, and counted once
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"student, rewound to epoch 0 \(n=2\) +100: 61.00 ± 1.41   80: 52.00 ± 2.83", lines[1]), lines
+    assert re.fullmatch(r"student, rewound to epoch 0, random masks \(n=1\) +100: 60.00   80: 30.00", lines[2]), lines
+    assert re.fullmatch(r"random init, rewound to epoch 0 \(n=1\) +100: 60.00   80: 40.00", lines[3]), lines
     first = Path("f.png").read_bytes()
     assert Image.open("f.png").size[0] > 900
-    prune.main(["plot", "runs/0", "runs/1/prune-student", "--figure", "g.png"])
+    prune.main(["plot", "runs/0", "runs/1", "--figure", "g.png"])
     assert Path("g.png").read_bytes() == first
-    config = json.loads(Path("runs/1/prune-student/config.json").read_text())
-    Path("runs/1/prune-student/config.json").write_text(json.dumps({**config, "epochs": 9}))  # another experiment: not averaged
-    prune.main(["plot", "runs/0", "runs/1", "--figure", "h.png"])
-    assert "epochs 9 (n=1)" in capsys.readouterr().out
+    write("runs/2/prune-a", (70, 71), epochs=9, seed=2)  # other experiments: not averaged with these
+    write("runs/3/prune-a", (80, 81), new_option=1, seed=3)
+    prune.main(["plot", "runs/0", "runs/2", "runs/3", "--figure", "h.png"])
+    text = capsys.readouterr().out
+    assert "epochs 9" in text and "new_option 1" in text and text.count("student, rewound to epoch 0, epochs") == 3
+    stub = {**os.environ, "PYTHONPATH": "stub"}
+    Path("stub").mkdir()
+    Path("stub/matplotlib.py").write_text("raise ModuleNotFoundError('No module named matplotlib', name='matplotlib')")
+    done = cli("prune.py", "plot", "runs/0", env=stub)
+    one_line(done, "matplotlib", "requirements.txt")
+    assert "60.00" in done.stdout  # the numbers come out without it
     problem(prune.main, "plot", "nowhere", says=["no pruning curve in nowhere"])
-    Path("runs/0/prune-random/log.csv").write_text("round,seconds\n1,2\n")
-    problem(prune.main, "plot", "runs/0", says=["runs/0/prune-random", "no readable curve"])
+    for broken in ("round,seconds\n1,2\n", "round,weights_left,best_accuracy\n", ""):
+        Path("runs/0/prune-b/log.csv").write_text(broken)
+        problem(prune.main, "plot", "runs/0", says=["runs/0/prune-b", "no readable curve"])
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -845,9 +915,11 @@ def test_quick_as_a_user_runs_it(tmp_path):
         assert float(curve(tmp_path / f"runs/quick/eps0/prune-{name}")[-1]["weights_left"]) == pytest.approx(left, abs=0.001)
     features, tickets = (tmp_path / "runs/quick/table.txt").read_text(), done.stdout[done.stdout.index("best test accuracy in %"):]
     assert features in done.stdout
-    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/quick/**/*") if p.is_file()}
+    stamps = lambda: {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/quick/**/last.pt")}
+    contents = lambda: {p: p.read_bytes() for p in tmp_path.glob("runs/quick/**/*") if p.is_file()}
+    before = stamps(), contents()
     again = quick()
     assert again.returncode == 0 and again.stdout.count("all 4 steps are done") == 3 and again.stdout.count("all 2 rounds are done") == 3
     assert features in again.stdout and again.stdout.endswith(tickets)
-    assert stamps == {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/quick/**/*") if p.is_file()}
+    assert before == (stamps(), contents()) and len(before[0]) == 6
     assert subprocess.run(["bash", "run_all.sh", "quik"], cwd=tmp_path, env=environment, capture_output=True).returncode == 2
