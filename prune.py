@@ -170,28 +170,31 @@ def plot(argv):
     if args.figure.suffix not in (".png", ".pdf", ".svg"):
         parser.error("--figure wants a name that ends in .png, .pdf or .svg")
     groups, summary = read_curves(args.runs), {}
-    width = max(map(len, groups)) + 8
-    print("best test accuracy in % at weights left in %")
-    for label, (_, curves) in groups.items():
+    print("best epoch's test accuracy in %")
+    for number, (label, (_, curves)) in enumerate(groups.items(), 1):
         left = [left for left in curves[0] if all(left in curve for curve in curves)]  # the rounds that all repeats have
         scores = np.array([[curve[x] for x in left] for curve in curves])
-        mean, std = scores.mean(0), scores.std(0, ddof=1) if len(curves) > 1 else np.zeros(len(left))
-        summary[f"{label} (n={len(curves)})"] = left, mean, std
-        cells = (f"{x:.3g}: {m:.2f}" + f" ± {s:.2f}" * (len(curves) > 1) for x, m, s in zip(left, mean, std))
-        print(f"{f'{label} (n={len(curves)})':{width}}" + "   ".join(cells))
+        std = scores.std(0, ddof=1) if len(curves) > 1 else np.full(len(left), np.nan)
+        summary[f"{label} (n={len(curves)})"] = dict(zip(left, zip(scores.mean(0), std)))
+        print(f"  [{number}] {label} (n={len(curves)})")
+    print("weights left (%)" + "".join(f"{f'[{number}]':>16}" for number in range(1, len(groups) + 1)))
+    for x in sorted(set().union(*summary.values()), reverse=True):
+        cells = ["{:.2f} ± {:.2f}".format(*curve[x]).removesuffix(" ± nan") if x in curve else "" for curve in summary.values()]
+        print(f"{x:16.2f}" + "".join(f"{cell:>16}" for cell in cells))
 
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
     colours = {}
-    for (label, (left, mean, std)), (settings, _) in zip(summary.items(), groups.values()):
+    for (label, curve), (settings, _) in zip(summary.items(), groups.values()):
+        left, (mean, std) = np.array(list(curve)), np.array(list(curve.values())).T
         control = settings["control"] is not None
         number = colours.setdefault(json.dumps({**settings, "control": None}), len(colours))  # a control has its ticket's colour
         axis.plot(left, mean, color=f"C{number}", marker="osD^vP*X"[number % 8], linestyle="--" if control else "-",
                   markerfacecolor="white" if control else None, markersize=5, label=label)
         axis.fill_between(left, mean - std, mean + std, color=f"C{number}", alpha=0.15, linewidth=0)
-    ticks = max((left for left, *_ in summary.values()), key=len)
+    ticks = list(max(summary.values(), key=len))
     ticks = ticks[::math.ceil(len(ticks) / 9)]
     axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
@@ -228,8 +231,10 @@ def parse_args(argv=None):
     add("--seed", "of the linear classifier, the order of the data and the crops (default: the run's)", type=at_least(0, int))
     add("--device", "auto: cuda where there is one", "auto", choices=("auto", "cpu", "cuda"))
     add("--amp", "16-bit encoder, as in distill.py", "auto", choices=("auto", "bf16", "fp16", "off"))
-    add("--out", "directory of the curve (default: <run>/prune-<init>-rewind<ℓ>); a control's is beside it, with -control", type=Path)
-    add("--resume", "go on with the curve, if there is one, to the same numbers (on a CPU to the last bit)", False, action="store_true")
+    add("--out", "directory of the curve (default: <run>/prune-<init>-rewind<ℓ>); a control's is beside it, with -control",
+        type=Path)
+    add("--resume", "go on with the curve, if there is one, to the same numbers (on a CPU to the last bit)", False,
+        action="store_true")
     add("--data-dir", "where downloads and caches go", "data")
     add("--mirror", "URL of a directory with the CIFAR archives; or set DATA_MIRROR", os.environ.get("DATA_MIRROR"))
     args = parser.parse_args(argv)
@@ -264,7 +269,7 @@ def main(argv=None):
     config = {**vars(args), "run": str(args.run), "out": str(out), "start": fingerprint(start)[:12], "distilled": settings}
     checkpoint = open_run(out, config, "prune.py", FREE - {"rounds"} if args.control else FREE)
     if not checkpoint and (out / "log.csv").exists():
-        raise Problem(f"{out} holds a log.csv without its last.pt, which would be overwritten: name another directory with --out")
+        raise Problem(f"{out} holds a log.csv without its last.pt and would be overwritten: name another directory with --out")
     if args.control and not checkpoint:
         if not (ticket / "last.pt").exists():
             raise Problem(f"no ticket in {ticket} whose numbers the control could keep: run the same without --control first")
@@ -273,14 +278,15 @@ def main(argv=None):
         if had < max(args.rounds, 1):
             raise Problem(f"the ticket in {ticket} has had {had} prunings, not {args.rounds}: finish it with --resume first")
     if checkpoint and checkpoint["config"]["start"] != config["start"]:
-        raise Problem(f"{ticket} began from other weights than {args.run} holds now: delete it, or name another directory with --out")
+        raise Problem(f"{ticket} began from other weights than {args.run} holds now: delete it or name another one with --out")
     args.amp = config["amp"] = pick_amp(checkpoint["config"]["amp"] if checkpoint else args.amp, device, distilled["arch"])
 
     data = load_data(args.dataset, distilled["image_size"], args.data_dir, args.mirror)
     if len(data.test_y) == 0:
         raise Problem(f"{args.dataset} has no labels to train on: name a labelled data set with --dataset")
     subset = stratified_subset(data.train_y, args.n_samples) if args.n_samples else slice(None)
-    images, labels, test_x, test_y = (t.to(device) for t in (data.train_x[subset], data.train_y[subset], data.test_x, data.test_y))
+    images, labels = data.train_x[subset].to(device), data.train_y[subset].to(device)
+    test_x, test_y = data.test_x.to(device), data.test_y.to(device)
     stats, n = channel_stats(images), len(images)
     if checkpoint and checkpoint["config"]["n_images"] != n:
         raise Problem(f"{ticket} was trained on {checkpoint['config']['n_images']:,} images, but {args.dataset} holds {n:,} now")
@@ -313,7 +319,8 @@ def main(argv=None):
     if checkpoint:
         step = restore(checkpoint["now"])
         survived = {name: t.to(device) for name, t in checkpoint["survived"].items()}
-        prunings, point, log, accuracies, seconds = (checkpoint[key] for key in ("prunings", "point", "log", "accuracies", "seconds"))
+        prunings, point, log = (checkpoint[key] for key in ("prunings", "point", "log"))
+        accuracies, seconds = checkpoint["accuracies"], checkpoint["seconds"]
 
     def save():
         state = {"format": FORMATS["prune.py"], "config": config, "now": snapshot(), "point": point, "survived": survived,
@@ -336,10 +343,11 @@ def main(argv=None):
         """Indices (B,) of images -> cross-entropy of the classifier on their crops in the coming step."""
         return F.cross_entropy(classify(network, augment(images[index], args.seed, step), stats, autocast), labels[index])
 
-    print(f"{distilled['arch']} from {'the student' if args.init == 'student' else 'the random teacher'} of {args.run} on {args.dataset}: "
-          f"{n:,} images, {steps:,} steps of {args.batch_size} a round, {total:,} weights to prune, seed {args.seed}, "
+    role = "student" if args.init == "student" else "random teacher"
+    print(f"{distilled['arch']} from the {role} of {args.run} on {args.dataset}: {n:,} images, {steps:,} steps of {args.batch_size} a round, {total:,} weights to prune, seed {args.seed}, "
           f"{device.type}, amp {args.amp} -> {out}")
-    print("round" + "".join(f"{title:>18}" for title in ("weights left (%)", "best epoch (%)", "last epoch (%)", "seconds", "ETA")), flush=True)
+    titles = ("weights left (%)", "best epoch (%)", "last epoch (%)", "seconds", "ETA")
+    print("round" + "".join(f"{title:>18}" for title in titles), flush=True)
     for row in log:
         show(row)
     saved = time.time()
@@ -348,14 +356,15 @@ def main(argv=None):
         if len(log) == prunings:  # this round's training is not at its end yet
             prepare()
             losses, clock = [], time.time()
-            for step, loss in train(batch_loss, n, optimizer, scaler, steps=steps, batch_size=args.batch_size, seed=args.seed, start=step):
+            for step, loss in train(batch_loss, n, optimizer, scaler, steps=steps, batch_size=args.batch_size, seed=args.seed,
+                                    start=step):
                 prepare()
                 losses.append(loss)
                 if step % per_epoch:
                     continue
                 if not (torch.stack(losses).isfinite().all() and all(w.isfinite().all() for w in weights.values())):
-                    raise Problem(f"the loss is not finite any more in epoch {step // per_epoch} of round {prunings}: lower --lr or "
-                                  f"take --amp off; what {out} held is kept")
+                    raise Problem(f"the loss is not finite any more in epoch {step // per_epoch} of round {prunings}: lower --lr "
+                                  f"or take --amp off; what {out} held is kept")
                 accuracies.append(test_accuracy(network, test_x, test_y, stats, autocast))
                 seconds += time.time() - clock
                 if len(accuracies) == 1 and not log and (hours := seconds * args.epochs * (args.rounds + 1) / 3600) > 0.5:
