@@ -204,7 +204,7 @@ def plot(argv):
               for s, _ in groups.values()]
     axis.set(xlabel="weights left (%)", ylabel="test accuracy, best epoch (%)", title=titles[0] if len(set(titles)) == 1 else "")
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2 if max(map(len, summary)) < 50 else 1, fontsize="small", frameon=False)
     write_atomically(args.figure, lambda file: figure.savefig(file, format=args.figure.suffix[1:], dpi=150))
     print(f"the picture: {args.figure}")
 
@@ -344,8 +344,9 @@ def main(argv=None):
         return F.cross_entropy(classify(network, augment(images[index], args.seed, step), stats, autocast), labels[index])
 
     role = "student" if args.init == "student" else "random teacher"
-    print(f"{distilled['arch']} from the {role} of {args.run} on {args.dataset}: {n:,} images, {steps:,} steps of {args.batch_size} a round, {total:,} weights to prune, seed {args.seed}, "
-          f"{device.type}, amp {args.amp} -> {out}")
+    print(f"{distilled['arch']} from the {role} of {args.run} on {args.dataset}: {n:,} images, "
+          f"{steps:,} steps of {args.batch_size} a round, {total:,} weights to prune, seed {args.seed}, {device.type}, amp {args.amp} "
+          f"-> {out}")
     titles = ("weights left (%)", "best epoch (%)", "last epoch (%)", "seconds", "ETA")
     print("round" + "".join(f"{title:>18}" for title in titles), flush=True)
     for row in log:
