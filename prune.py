@@ -345,8 +345,8 @@ def main(argv=None):
 
     role = "student" if args.init == "student" else "random teacher"
     print(f"{distilled['arch']} from the {role} of {args.run} on {args.dataset}: {n:,} images, "
-          f"{steps:,} steps of {args.batch_size} a round, {total:,} weights to prune, seed {args.seed}, {device.type}, amp {args.amp} "
-          f"-> {out}")
+          f"{steps:,} steps of {args.batch_size} a round, {total:,} weights to prune, seed {args.seed}, {device.type}, "
+          f"amp {args.amp} -> {out}")
     titles = ("weights left (%)", "best epoch (%)", "last epoch (%)", "seconds", "ETA")
     print("round" + "".join(f"{title:>18}" for title in titles), flush=True)
     for row in log:
