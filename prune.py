@@ -7,9 +7,9 @@
     python prune.py plot runs/cifar10-resnet18-eps0-seed*                              all curves of these runs, mean ± std
 
 One round: train with labels, prune the 20 % of the remaining weights that are smallest, put the survivors back where they
-were at the rewinding point, train again. A *ticket* is a mask under which that training does well. From random weights one
-has to rewind to a point a few epochs into the training; the paper finds that a distilled student is such a point already.
-(Frankle & Carbin 2019 for the tickets; Frankle et al. 2020 for rewinding.)
+were at the rewinding point, train again. A *ticket* is a mask under which that training does well (Frankle & Carbin 2019).
+From random weights, larger networks have to be rewound to a point some epochs into the training (Frankle et al. 2020); the
+paper finds that a distilled student is such a point already.
 """
 import argparse, copy, csv, json, math, os, sys, time
 from datetime import timedelta
