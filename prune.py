@@ -41,7 +41,7 @@ def augment(images, seed, step, padding=4):
     The draws depend on (seed, step) alone, so that rewinding to a step brings back its very images.
     """
     n, s = len(images), images.shape[-1]
-    rng = np.random.default_rng((seed, step, 1))
+    rng = np.random.default_rng((seed, step, 1))  # 1: another stream than (seed, epoch), the order of the data
     draw = lambda high: torch.from_numpy(rng.integers(high, size=(n, 1))).to(images.device)
     rows, columns = (draw(2 * padding + 1) + torch.arange(s, device=images.device) for _ in range(2))  # (B, s) each
     columns = torch.where(draw(2) == 1, s + 2 * padding - 1 - columns, columns)  # counted from the right: flipped
@@ -122,6 +122,7 @@ def control_of(ticket, seed):
 LOG_COLUMNS = ("round", "weights_left", "best_accuracy", "final_accuracy", "seconds")  # %, %, % (best: over the epochs' ends)
 FREE = (MAY_CHANGE - {"epochs"}) | {"run", "rounds", "start", "n_images", "distilled"}  # on --resume; or checked apart
 NO_SETTING = (MAY_CHANGE - {"epochs", "steps"}) | {"run", "rounds", "start", "seed"}  # in which repeats may differ
+SHOWN = {"init", "rewind_epoch", "control", "epochs", "dataset", "n_images", "distilled arch"}  # in label or title
 
 
 def read_curves(paths):
@@ -142,19 +143,17 @@ def read_curves(paths):
             config |= {f"distilled {key}": value for key, value in config.pop("distilled").items()}
             with open(folder / "log.csv", newline="") as file:
                 curve = {float(row["weights_left"]): float(row["best_accuracy"]) for row in csv.DictReader(file)}
-            kind = config["init"] == "random", config["rewind_epoch"], config["control"] or ""  # in the order of the legend
-            if 100.0 not in curve:
-                raise ValueError("no row with 100 % of the weights")
+            if 100.0 not in curve or not SHOWN <= config.keys():
+                raise ValueError("not as prune.py writes it")
         except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
             raise Problem(f"{folder} holds no readable curve ({error!r}): leave it out, or prune again") from None
         settings = {key: value for key, value in config.items() if key.removeprefix("distilled ") not in NO_SETTING}
-        groups.setdefault((kind, json.dumps(settings, sort_keys=True)), (settings, []))[1].append(curve)
+        groups.setdefault(json.dumps(settings, sort_keys=True), (settings, []))[1].append(curve)
     everything = [settings for settings, _ in groups.values()]
     differing = [key for key in sorted(set().union(*everything)) if key not in ("init", "rewind_epoch", "control")
                  and any(settings.get(key) != everything[0].get(key) for settings in everything)]
-    named = {}
-    for kind, settings_text in sorted(groups):
-        settings, curves = groups[kind, settings_text]
+    named, legend = {}, lambda group: (group[0]["init"] == "random", group[0]["rewind_epoch"], group[0]["control"] is not None)
+    for settings, curves in sorted(groups.values(), key=legend):
         label = "random init" if settings["init"] == "random" else "student"
         label += f", rewound to epoch {settings['rewind_epoch']}" + ", random masks" * (settings["control"] is not None)
         named[label + "".join(f", {key} {settings.get(key)}" for key in differing)] = settings, curves
@@ -267,18 +266,19 @@ def main(argv=None):
     ticket, out = args.out, Path(f"{args.out}-control") if args.control else args.out
     settings = {key: value for key, value in distilled.items() if key not in MAY_CHANGE - {"steps", "epochs"}}
     config = {**vars(args), "run": str(args.run), "out": str(out), "start": fingerprint(start)[:12], "distilled": settings}
-    checkpoint = open_run(out, config, "prune.py", FREE - {"rounds"} if args.control else FREE)
+    checkpoint, origin = open_run(out, config, "prune.py", FREE - {"rounds"} if args.control else FREE), out
     if not checkpoint and (out / "log.csv").exists():
         raise Problem(f"{out} holds a log.csv without its last.pt and would be overwritten: name another directory with --out")
     if args.control and not checkpoint:
         if not (ticket / "last.pt").exists():
             raise Problem(f"no ticket in {ticket} whose numbers the control could keep: run the same without --control first")
-        checkpoint = control_of(open_run(ticket, {**config, "resume": True}, "prune.py", FREE | {"control"}), args.seed)
+        checkpoint, origin = open_run(ticket, {**config, "resume": True}, "prune.py", FREE | {"control"}), ticket
+        checkpoint = control_of(checkpoint, args.seed)
         had = max(count.max().item() for count in checkpoint["survived"].values())
         if had < max(args.rounds, 1):
             raise Problem(f"the ticket in {ticket} has had {had} prunings, not {args.rounds}: finish it with --resume first")
     if checkpoint and checkpoint["config"]["start"] != config["start"]:
-        raise Problem(f"{ticket} began from other weights than {args.run} holds now: delete it or name another one with --out")
+        raise Problem(f"{origin} began from other weights than {args.run} holds now: delete it or name another one with --out")
     args.amp = config["amp"] = pick_amp(checkpoint["config"]["amp"] if checkpoint else args.amp, device, distilled["arch"])
 
     data = load_data(args.dataset, distilled["image_size"], args.data_dir, args.mirror)
@@ -289,7 +289,8 @@ def main(argv=None):
     test_x, test_y = data.test_x.to(device), data.test_y.to(device)
     stats, n = channel_stats(images), len(images)
     if checkpoint and checkpoint["config"]["n_images"] != n:
-        raise Problem(f"{ticket} was trained on {checkpoint['config']['n_images']:,} images, but {args.dataset} holds {n:,} now")
+        raise Problem(f"{origin} was trained on {checkpoint['config']['n_images']:,} images, but {args.dataset} holds {n:,} now: "
+                      f"name another directory with --out")
     config["n_images"] = n
     per_epoch = math.ceil(n / args.batch_size)
     steps = args.epochs * per_epoch

@@ -753,6 +753,10 @@ def test_prune_refuses_bad_input_and_overwrites_nothing(folder, student, here):
     other["student"]["encoder.0.weight"] += 1
     torch.save(other, "other.pt")
     problem(prune.main, "other.pt", *command[1:], "--resume", says=["p began from other weights than other.pt holds"])
+    shutil.copytree(folder, "images")
+    prune_run(student, "images-curve", "--dataset", "images", "--rounds", 0)
+    Path("images/train/ant/0.png").unlink()
+    problem(prune.main, student, "--dataset", "images", *command[1:-1], "images-curve", "--resume", says=["images-curve was trained on 60 images", "59 now"])
     problem(prune.main, student, "--rounds", 100, "--out", "q", says=["--rounds 100", "last weight"])
     shutil.copytree("p", "q")
     Path("q/last.pt").unlink()
@@ -804,6 +808,11 @@ def test_plot_draws_means_over_seeds_from_the_logs_alone(student, here, capsys):
     problem(prune.main, "plot", "nowhere", says=["no pruning curve in nowhere"])
     for broken in ("round,seconds\n1,2\n", "round,weights_left,best_accuracy\n", ""):
         Path("runs/0/prune-b/log.csv").write_text(broken)
+        problem(prune.main, "plot", "runs/0", says=["runs/0/prune-b", "no readable curve"])
+    shutil.rmtree("runs/0/prune-b")
+    write("runs/0/prune-b", (60, 40), init="random")
+    for key in ("n_images", "init", "distilled"):
+        Path("runs/0/prune-b/config.json").write_text(json.dumps({k: v for k, v in config.items() if k != key}))
         problem(prune.main, "plot", "runs/0", says=["runs/0/prune-b", "no readable curve"])
 
 
