@@ -82,15 +82,23 @@ class Network(nn.Module):
         self.last = nn.Linear(256, out_dim, bias=False)
         self.raw_rows = raw_rows
 
-    def bottleneck(self, images, autocast):
-        """(B, 3, s, s) normalised images -> (B, 256) float32 unit vectors.
+    def embed(self, images, autocast):
+        """(B, 3, s, s) normalised images -> (B, r) float32 embeddings.
 
         Only the encoder runs under autocast. What the student learns from are logit differences of about 1e-3, and a
         16-bit logit has steps as large as that: from the embedding on, everything stays in float32.
         """
         with autocast:
             embedding = self.encoder(images)
-        return F.normalize(self.mlp(embedding.float()), dim=1)
+        return embedding.float()
+
+    def project(self, embedding):
+        """(B, r) embeddings -> (B, 256) unit vectors."""
+        return F.normalize(self.mlp(embedding), dim=1)
+
+    def bottleneck(self, images, autocast):
+        """(B, 3, s, s) normalised images -> (B, 256) float32 unit vectors."""
+        return self.project(self.embed(images, autocast))
 
     def rows(self):
         """The last layer's (m, 256) weight, rows of unit length (unless `raw_rows`)."""
@@ -393,9 +401,56 @@ def amp_tools(amp, device):
             torch.amp.GradScaler(device.type, enabled=amp == "fp16"))
 
 
+# ---- Supervised training by the same loop, for prune.py and landscape.py ----------------------------------------------
+
+def classifier(encoder, r, n_classes, seed):
+    """`encoder` and a linear head of torch's default initialisation; the same `seed` gives the same head."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = nn.Linear(r, n_classes)
+    return nn.ModuleDict({"encoder": encoder.requires_grad_(True).train(), "head": head})
+
+
+def augment(images, seed, step, padding=4):
+    """uint8 (B, 3, s, s) -> the same shape: flipped left to right or not, padded with black, cropped at random.
+
+    The draws depend on (seed, step) alone, so that rewinding to a step brings back its very images.
+    """
+    n, s = len(images), images.shape[-1]
+    rng = np.random.default_rng((seed, step, 1))  # 1: another stream than (seed, epoch), the order of the data
+    draw = lambda high: torch.from_numpy(rng.integers(high, size=(n, 1))).to(images.device)
+    rows, columns = (draw(2 * padding + 1) + torch.arange(s, device=images.device) for _ in range(2))  # (B, s) each
+    columns = torch.where(draw(2) == 1, s + 2 * padding - 1 - columns, columns)  # counted from the right: flipped
+    image = torch.arange(n, device=images.device)[:, None, None]
+    return F.pad(images, [padding] * 4)[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def learning_rate(base, step, steps):
+    """`base`, a tenth of it from half of the steps on, a hundredth from three quarters on (epochs 80 and 120 of 160)."""
+    return base * 0.1 ** sum(step >= round(milestone * steps) for milestone in (0.5, 0.75))
+
+
+def classify(network, images, stats, autocast):
+    """Logits (B, classes) float32 of uint8 images (B, 3, s, s); as in distillation, only the encoder runs under autocast."""
+    with autocast:
+        embedding = network["encoder"](normalise(images, stats))
+    return network["head"](embedding.float())
+
+
+@torch.no_grad()
+def test_accuracy(network, images, labels, stats, autocast):
+    """Share of uint8 images (n, 3, s, s) classified right, in %, in eval mode; leaves the network in train mode."""
+    network.eval()
+    correct = 0
+    for x, y in zip(images.split(500), labels.split(500)):
+        correct += (classify(network, x, stats, autocast).argmax(1) == y).sum()
+    network.train()
+    return 100 * correct.item() / len(labels)
+
+
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
-FORMATS = {"distill.py": "random-teachers-1", "prune.py": "random-teachers-prune-1"}
+FORMATS = {"distill.py": "random-teachers-1", "prune.py": "random-teachers-prune-1", "landscape.py": "random-teachers-connect-1"}
 
 
 def write_atomically(path, write):
@@ -443,26 +498,31 @@ def read_checkpoint(path, script="distill.py"):
     return checkpoint
 
 
-def load_checkpoint(path, device="cpu"):
-    """(teacher encoder, student encoder, config dict) of a run directory or .pt file, in eval mode and frozen.
-
-    Encoders map normalised images (B, 3, s, s) to embeddings (B, r); s is config["image_size"]. Raises Problem.
-    """
-    checkpoint = read_checkpoint(path)
-    encoders = []
+def load_networks(path):
+    """(teacher, student, config dict) of a run directory or .pt file: whole Networks, on the CPU. Raises Problem."""
+    checkpoint, networks = read_checkpoint(path), []
     for role in ("teacher", "student"):
         try:
             network = Network(*(checkpoint["config"][key] for key in SHAPE))
             network.load_state_dict(checkpoint[role])
         except (KeyError, RuntimeError) as error:
             raise Problem(f"{path} does not fit this version of distill.py ({str(error).splitlines()[0]}): distil again")
-        encoders.append(network.encoder.eval().requires_grad_(False).to(device, memory_format=torch.channels_last))
-    return *encoders, checkpoint["config"]
+        networks.append(network.to(memory_format=torch.channels_last))
+    return *networks, checkpoint["config"]
 
 
-def fingerprint(encoder):
-    """A string that two encoders share if their weights are equal."""
-    return hashlib.sha256(b"".join(t.cpu().contiguous().numpy().tobytes() for t in encoder.state_dict().values())).hexdigest()
+def load_checkpoint(path, device="cpu"):
+    """(teacher encoder, student encoder, config dict) of a run directory or .pt file, in eval mode and frozen.
+
+    Encoders map normalised images (B, 3, s, s) to embeddings (B, r); s is config["image_size"]. Raises Problem.
+    """
+    *networks, config = load_networks(path)
+    return *(network.encoder.eval().requires_grad_(False).to(device) for network in networks), config
+
+
+def fingerprint(module):
+    """A string that two modules of one kind share if their weights and buffers are equal."""
+    return hashlib.sha256(b"".join(t.cpu().contiguous().numpy().tobytes() for t in module.state_dict().values())).hexdigest()
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
@@ -477,9 +537,9 @@ def at_least(low, kind):
     return number
 
 
-def make_parser(doc):
+def make_parser(doc, prog=None):
     """(parser, add): add(name, help, default, ...) adds an option whose help ends with its default."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add(name, help, default=None, **options):
         shown = "" if default is None or default is False else f" (default: {default})"
@@ -545,11 +605,15 @@ def open_run(out, config, script="distill.py", may_change=MAY_CHANGE):
     checkpoint = read_checkpoint(path, script)
     if config["amp"] == "auto":
         config["amp"] = checkpoint["config"]["amp"]
-    for key, value in config.items():
-        before = checkpoint["config"].get(key)
-        if before != value and key not in may_change:
-            raise Problem(f"cannot go on from {out}: it was run with --{key.replace('_', '-')} {before}, not {value}")
+    check_same(out, checkpoint["config"], config, may_change)
     return checkpoint
+
+
+def check_same(out, before, config, may_change):
+    """Raise Problem if a setting that must not change differs between `config` and the one that `out` was begun with."""
+    for key, value in config.items():
+        if before.get(key) != value and key not in may_change:
+            raise Problem(f"cannot go on from {out}: it was run with --{key.replace('_', '-')} {before.get(key)}, not {value}")
 
 
 def main(argv=None):

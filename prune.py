@@ -20,56 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill import (ARCHS, FORMATS, MAY_CHANGE, Problem, amp_tools, at_least, channel_stats, fingerprint, load_checkpoint,
-                     load_data, make_parser, normalise, open_run, pick_amp, pick_device, run_cli, stratified_subset, train,
-                     write_atomically, write_csv)
-
-
-# ---- Supervised training: network, augmentation, schedule, test accuracy ---------------------------------------------
-
-def classifier(encoder, r, n_classes, seed):
-    """`encoder` and a linear head of torch's default initialisation; the same `seed` gives the same head."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = nn.Linear(r, n_classes)
-    return nn.ModuleDict({"encoder": encoder.requires_grad_(True).train(), "head": head})
-
-
-def augment(images, seed, step, padding=4):
-    """uint8 (B, 3, s, s) -> the same shape: flipped left to right or not, padded with black, cropped at random.
-
-    The draws depend on (seed, step) alone, so that rewinding to a step brings back its very images.
-    """
-    n, s = len(images), images.shape[-1]
-    rng = np.random.default_rng((seed, step, 1))  # 1: another stream than (seed, epoch), the order of the data
-    draw = lambda high: torch.from_numpy(rng.integers(high, size=(n, 1))).to(images.device)
-    rows, columns = (draw(2 * padding + 1) + torch.arange(s, device=images.device) for _ in range(2))  # (B, s) each
-    columns = torch.where(draw(2) == 1, s + 2 * padding - 1 - columns, columns)  # counted from the right: flipped
-    image = torch.arange(n, device=images.device)[:, None, None]
-    return F.pad(images, [padding] * 4)[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def learning_rate(base, step, steps):
-    """`base`, a tenth of it from half of the steps on, a hundredth from three quarters on (epochs 80 and 120 of 160)."""
-    return base * 0.1 ** sum(step >= round(milestone * steps) for milestone in (0.5, 0.75))
-
-
-def classify(network, images, stats, autocast):
-    """Logits (B, classes) float32 of uint8 images (B, 3, s, s); as in distillation, only the encoder runs under autocast."""
-    with autocast:
-        embedding = network["encoder"](normalise(images, stats))
-    return network["head"](embedding.float())
-
-
-@torch.no_grad()
-def test_accuracy(network, images, labels, stats, autocast):
-    """Share of uint8 images (n, 3, s, s) classified right, in %, in eval mode; leaves the network in train mode."""
-    network.eval()
-    correct = 0
-    for x, y in zip(images.split(500), labels.split(500)):
-        correct += (classify(network, x, stats, autocast).argmax(1) == y).sum()
-    network.train()
-    return 100 * correct.item() / len(labels)
+from distill import (ARCHS, FORMATS, MAY_CHANGE, Problem, amp_tools, at_least, augment, channel_stats, classifier, classify,
+                     fingerprint, learning_rate, load_checkpoint, load_data, make_parser, open_run, pick_amp, pick_device,
+                     run_cli, stratified_subset, test_accuracy, train, write_atomically, write_csv)
 
 
 # ---- Masks -----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything, in order.
 #
-#   bash run_all.sh quick    the paper's central effects on a CPU: three students, their features, a ticket (minutes)
+#   bash run_all.sh quick    the paper's central effects on a CPU: three students, their features, a ticket, their
+#                            landscape (minutes)
 #   bash run_all.sh test     the tests
 #
 # Either makes .venv and installs requirements.txt first, unless the active Python has the packages already.
@@ -50,11 +51,18 @@ quick() {  # --resume: what is done is skipped, what was interrupted goes on
     $ticket --init random
     $ticket --control random
     $PY prune.py plot runs/quick/eps0 --figure figures/quick_tickets.png
-    echo "the numbers: runs/quick/summary.json, runs/quick/eps0/prune-*/log.csv   the pictures: figures/quick*.png"
+    # The landscape in miniature: a plane through the teacher and two students, and lines between fine-tuned copies
+    local plane=runs/quick/eps0/plane-shared-epsinf.npz connect=runs/quick/eps0/connect/connect.npz
+    $PY landscape.py plane runs/quick/eps0 runs/quick/epsinf --grid 13 --n-samples 1000 --n-test 1000 --resume
+    $PY landscape.py plot $plane --figure figures/quick_plane.png
+    $PY landscape.py connect runs/quick/eps0 --copies 3 --n-samples 1750 --epochs 4 --batch-size 64 --points 11 --n-test 1000 --resume
+    $PY landscape.py plot $connect --figure figures/quick_connect.png
+    echo "the numbers: runs/quick/summary.json, runs/quick/eps0/prune-*/log.csv, runs/quick/eps0/{$(basename $plane),connect/connect.npz}"
+    echo "the pictures: figures/quick*.png"
 }
 
 case "${1:-}" in
     quick) environment; quick "${@:2}" ;;
     test)  environment; "$PY" -m pytest -q test_smoke.py "${@:2}" ;;
-    *)     sed -n '3,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *)     sed -n '3,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

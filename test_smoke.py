@@ -27,6 +27,7 @@ import torchvision
 from PIL import Image
 
 import distill
+import landscape
 import probe
 import prune
 from distill import Problem
@@ -526,7 +527,7 @@ def curve(out):
 
 def test_augment_flips_and_crops_whole_images():
     images = torch.randint(1, 256, (200, 3, 8, 8), dtype=torch.uint8)
-    crops, padded, seen = prune.augment(images, seed=0, step=5), F.pad(images, [4] * 4), set()
+    crops, padded, seen = distill.augment(images, seed=0, step=5), F.pad(images, [4] * 4), set()
     for image, flipped, crop in zip(padded, padded.flip(3), crops):
         for is_flipped, source in enumerate((image, flipped)):
             for y in range(9):
@@ -536,15 +537,15 @@ def test_augment_flips_and_crops_whole_images():
                         break
     assert len(seen) > 100 and {s[0] for s in seen} == {0, 1} and {s[1] for s in seen} == {s[2] for s in seen} == set(range(9))
     assert sum((image != crop).any() for image, crop in zip(images, crops)) > 190
-    assert torch.equal(crops, prune.augment(images, seed=0, step=5))
-    assert not torch.equal(crops, prune.augment(images, seed=0, step=6)) and not torch.equal(crops, prune.augment(images, seed=1, step=5))
+    assert torch.equal(crops, distill.augment(images, seed=0, step=5))
+    assert not torch.equal(crops, distill.augment(images, seed=0, step=6)) and not torch.equal(crops, distill.augment(images, seed=1, step=5))
 
 
 def test_learning_rate_falls_at_epochs_80_and_120_of_160():
     steps = 160 * 196
-    rates = [prune.learning_rate(0.1, step, steps) for step in (0, 80 * 196 - 1, 80 * 196, 120 * 196 - 1, 120 * 196, steps)]
+    rates = [distill.learning_rate(0.1, step, steps) for step in (0, 80 * 196 - 1, 80 * 196, 120 * 196 - 1, 120 * 196, steps)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
-    assert [round(prune.learning_rate(1, step, 8), 4) for step in range(8)] == [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    assert [round(distill.learning_rate(1, step, 8), 4) for step in range(8)] == [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
 
 
 def test_the_threshold_is_global():
@@ -563,13 +564,13 @@ def test_the_threshold_is_global():
 
 @pytest.mark.parametrize("everything", [False, True])
 def test_what_is_pruned(everything):
-    network = prune.classifier(distill.random_network(0, "resnet20", 1).encoder, 64, 10, seed=0)
+    network = distill.classifier(distill.random_network(0, "resnet20", 1).encoder, 64, 10, seed=0)
     names = set(prune.prunable(network, everything))
     assert {"head.weight", "encoder.0.weight"} <= names
     assert ("head.bias" in names) == ("encoder.1.weight" in names) == everything  # encoder.1 is a batch norm
     count = sum(p.numel() for p in prune.prunable(network, everything).values())
     assert count == (271_824 + 650 if everything else 271_824 + 640 - 2 * (16 * 7 + 32 * 7 + 64 * 7))
-    assert same(network["head"].state_dict(), prune.classifier(torch.nn.Identity(), 64, 10, seed=0)["head"].state_dict())
+    assert same(network["head"].state_dict(), distill.classifier(torch.nn.Identity(), 64, 10, seed=0)["head"].state_dict())
 
 
 @pytest.mark.parametrize("args", [[], ["--init", "random", "--rewind-epoch", 1], ["--prune-all", "--rate", 0.5], ["--amp", "bf16"],
@@ -604,7 +605,7 @@ def test_rewinding_is_bit_identical_but_for_the_mask(student, here, monkeypatch,
 
         def watched(index):  # before every step
             step, weights = start + len(starts[-1]["indices"]), prune.prunable(networks[0])
-            assert optimizer.param_groups[0]["lr"] == prune.learning_rate(0.05, step, 12)
+            assert optimizer.param_groups[0]["lr"] == distill.learning_rate(0.05, step, 12)
             assert sum((w == 0).sum() for w in weights.values()) >= sum(w.numel() for w in weights.values()) * (1 - 0.8 ** (len(starts) - 1)) - 1
             starts[-1]["indices"].append(index)
             return batch_loss(index)
@@ -645,14 +646,14 @@ def test_it_learns_from_its_own_labels_and_measures_in_eval_mode(student, folder
     checkpoint = prune_run(student, "p", "--init", "random", "--rounds", 0, "--n-samples", 30, "--epochs", 10, "--batch-size", 8)
     assert float(curve("p")[0]["final_accuracy"]) > 90  # three classes, which differ in brightness
     data = distill.load_data(str(folder), 16)
-    network = prune.classifier(distill.random_network(0, "resnet20", 1, 16).encoder, 64, 3, seed=0)
+    network = distill.classifier(distill.random_network(0, "resnet20", 1, 16).encoder, 64, 3, seed=0)
     network.load_state_dict(checkpoint["now"]["network"])
     stats = distill.channel_stats(data.train_x[distill.stratified_subset(data.train_y, 30)])
     network.eval()
     with torch.no_grad():
         logits = network["head"](network["encoder"](distill.normalise(data.test_x, stats)))
     network.train()
-    measured = prune.test_accuracy(network, data.test_x, data.test_y, stats, distill.amp_tools("off", torch.device("cpu"))[0])
+    measured = distill.test_accuracy(network, data.test_x, data.test_y, stats, distill.amp_tools("off", torch.device("cpu"))[0])
     assert measured == pytest.approx(probe.accuracy(logits.argmax(1), data.test_y)) == pytest.approx(float(curve("p")[0]["final_accuracy"]))
     assert network.training and all(torch.equal(t, network.state_dict()[name]) for name, t in checkpoint["now"]["network"].items())
 
@@ -816,9 +817,340 @@ def test_plot_draws_means_over_seeds_from_the_logs_alone(student, here, capsys):
         problem(prune.main, "plot", "runs/0", says=["runs/0/prune-b", "no readable curve"])
 
 
+# ---- Landscapes ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def pair(folder, tmp_path_factory):
+    """Two small distilled runs with one teacher, at ε = 0 and ε = inf."""
+    root = tmp_path_factory.mktemp("pair")
+    for name, eps in (("near", 0), ("far", "inf")):
+        distill.main([*SMALL, "--dataset", str(folder), "--out", str(root / name), "--init-eps", str(eps), "--steps", "6",
+                      "--data-dir", str(root)])
+    return root
+
+
+def lay(pair, out, *args, runs=("near", "far")):
+    """landscape.py plane on those runs, 5 x 5 unless told; returns its config and arrays."""
+    landscape.main(["plane", *(str(pair / run) for run in runs), "--grid", "5", "--device", "cpu", "--amp", "off", "--out", str(out),
+                    *map(str, args)])
+    return landscape.read_npz(Path(out))
+
+
+def toy_anchors(seed=0, n=3):
+    """Parameters of n toy networks, as lists of tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(shape, generator=generator) for shape in ((4, 3), (5,), (2, 2, 2))] for _ in range(n)]
+
+
+def flat(parameters):
+    return torch.cat([p.detach().double().reshape(-1) for p in parameters]).numpy()
+
+
+@pytest.mark.parametrize("axes", ["barycentric", "orthonormal"])
+def test_on_a_quadratic_network_the_plane_equals_the_closed_form(axes):
+    anchors, network = toy_anchors(), [torch.zeros_like(p) for p in toy_anchors()[0]]
+    root = np.random.default_rng(0).standard_normal((25, 25))
+    quadratic = root @ root.T
+    coordinates = landscape.plane_basis(landscape.inner_products(anchors), axes)
+    points = np.stack(np.meshgrid(np.linspace(-3, 4, 5), np.linspace(-2, 5, 6)), axis=2).reshape(-1, 2)
+    a, b, c = map(flat, anchors)
+    if axes == "barycentric":
+        expected = a + points @ np.stack([b - a, c - a])
+    else:  # a basis of the plane, made without the code: the point of least norm is the part of any anchor beside it
+        e1 = (b - a) / np.linalg.norm(b - a)
+        e2 = (c - a) - (c - a) @ e1 * e1
+        e2 /= np.linalg.norm(e2)
+        expected = a - a @ e1 * e1 - a @ e2 * e2 + points @ np.stack([e1, e2])
+    weights = landscape.to_weights(points, coordinates)
+    for weight, theta in zip(weights, expected):
+        landscape.place(network, anchors, weight)
+        assert flat(network) @ quadratic @ flat(network) == pytest.approx(theta @ quadratic @ theta, rel=1e-5)
+    assert landscape.norms(weights, landscape.inner_products(anchors)) == pytest.approx(np.linalg.norm(expected, axis=1))
+
+
+def test_orthonormal_coordinates_keep_distances_and_put_the_least_norm_at_the_origin():
+    anchors = toy_anchors(1)
+    products = landscape.inner_products(anchors)
+    coordinates = landscape.plane_basis(products, "orthonormal")
+    for i, j in itertools.combinations(range(3), 2):
+        gap = np.linalg.norm(flat(anchors[i]) - flat(anchors[j]))
+        assert np.linalg.norm(coordinates[i] - coordinates[j]) == pytest.approx(gap, rel=1e-12)
+    points = np.random.default_rng(0).standard_normal((100, 2))
+    norm = landscape.norms(landscape.to_weights(np.array([[0, 0], *points]), coordinates), products)
+    assert norm[1:] ** 2 == pytest.approx(norm[0] ** 2 + (points**2).sum(1))  # Pythagoras
+
+
+@pytest.mark.parametrize("axes", ["barycentric", "orthonormal"])
+def test_an_anchor_comes_back_to_the_last_bit(axes):
+    anchors = [list(distill.random_network(seed, "resnet20", 64, 16).parameters()) for seed in range(3)]
+    coordinates = landscape.plane_basis(landscape.inner_products(anchors), axes)
+    network = [torch.zeros_like(p) for p in anchors[0]]
+    for anchor, weight in zip(anchors, landscape.to_weights(coordinates, coordinates)):
+        landscape.place(network, anchors, weight)
+        assert all(torch.equal(p, q) for p, q in zip(network, anchor))
+
+
+def test_points_that_span_no_plane_are_refused():
+    a, b, c = toy_anchors()
+    mix = [p + 2.5 * (q - p) for p, q in zip(a, b)]
+    nearly = [p + 1e-8 * q for p, q in zip(a, c)]
+    for anchors in ([a, b, a], [a, a, b], [a, b, b], [a, b, mix], [a, b, nearly]):
+        with pytest.raises(Problem, match="no plane"):
+            landscape.plane_basis(landscape.inner_products(anchors), "orthonormal")
+
+
+@pytest.mark.parametrize("encoder_only", [False, True])
+def test_anchors_have_their_own_loss_exactly(folder, pair, here, encoder_only):
+    config, arrays = lay(pair, "a.npz", *["--encoder-only"] * encoder_only)
+    teacher, near, _ = distill.load_networks(pair / "near")
+    far = distill.load_networks(pair / "far")[1]
+    data, cpu = distill.load_data(str(folder), 16), torch.device("cpu")
+    images, _ = landscape.subset(*landscape.subset(data.train_x, data.train_y, None, cpu), None, cpu)
+    stats, autocast = distill.channel_stats(data.train_x), distill.amp_tools("off", cpu)[0]
+    head = lambda network, x: (network.embed(x, autocast) if encoder_only else network.bottleneck(x, autocast) @ network.rows().T)
+    teacher.eval()
+    assert [str(name) for name in arrays["anchors"]] == ["θ_T", "θ*_S(0)", "θ*_S(1)"] and len(images) == 60
+    for network, kl in zip((copy.deepcopy(teacher), near, far), arrays["kl"]):  # students in train mode, as --bn batch is
+        batches = [distill.normalise(x, stats) for x in images.tensor_split(4)]
+        with torch.no_grad():
+            own = sum(distill.KLDivergence.apply(head(teacher, x), head(network.train(), x)).item() * len(x) / 60 for x in batches)
+        assert kl == own > 0
+    assert config["n_images"] == 60 and config["n_test_images"] == 24 and max(arrays["reconstruction_error"]) < 1e-6
+
+
+def test_without_batch_norm_the_teachers_own_kl_is_zero(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = distill.dead_leaves(6, 2)
+    monkeypatch.setattr(distill, "dead_leaves", lambda: data)
+    for eps in ("1e-10", "inf"):
+        distill.main(["--arch", "vgg11", "--dataset", "leaves", "--out-dim", "64", "--batch-size", "16", "--steps", "2", "--device", "cpu",
+                      "--init-eps", eps, "--out", eps])
+    landscape.main(["plane", "1e-10", "inf", "--grid", "3", "--device", "cpu", "--axes", "barycentric", "--x", "0", "1", "--y", "0", "1"])
+    _, arrays = landscape.read_npz(Path("1e-10/plane-shared-inf.npz"))
+    norm = np.linalg.norm(flat(distill.random_network(0, "vgg11", 64).parameters()))
+    assert arrays["kl"][0] == 0 < arrays["kl"][1] and arrays["norm"][0] == pytest.approx(norm, rel=1e-9)
+    corners = arrays["kl"][3:].reshape(3, 3)  # x to the right, y down the rows: the anchors are at three of the corners
+    assert (corners[0, 0], corners[0, 2], corners[2, 0]) == tuple(arrays["kl"][:3])
+    landscape.main(["plane", "inf", "--grid", "3", "--device", "cpu"])  # non-local: θ_S(1) is what ε=inf starts from
+    _, arrays = landscape.read_npz(Path("inf/plane-non-local.npz"))
+    start = distill.random_network(1, "vgg11", 64)
+    assert [str(name) for name in arrays["anchors"]] == ["θ_T", "θ_S(1)", "θ*_S(1)"]
+    assert arrays["norm"][1] == pytest.approx(np.linalg.norm(flat(start.parameters())), rel=1e-9)
+
+
+def test_images_of_a_plane_are_a_fixed_mixture_of_classes():
+    labels = torch.arange(10).repeat_interleave(100)
+    draw = lambda: landscape.subset(torch.arange(1000), labels, 400, torch.device("cpu"))
+    x, y = draw()
+    assert torch.equal(x, draw()[0]) and torch.equal(y, labels[x]) and (y.bincount() == 40).all()
+    assert all(len(batch.unique()) > 7 for batch in y.split(50))  # sorted by class, a batch norm would see one at a time
+
+
+def test_the_probes_of_many_points_are_those_of_probe_py():
+    sets = [(clusters(300, n_classes=3, spread=spread, seed=1), clusters(200, n_classes=3, spread=spread, seed=2)) for spread in (0.5, 2, 4)]
+    y, test_y = sets[0][0][1], sets[0][1][1]
+    assert all(torch.equal(train[1], y) and torch.equal(test[1], test_y) for train, test in sets)
+    x, test_x = torch.stack([train[0] for train, _ in sets]), torch.stack([test[0] for _, test in sets])
+    paper = landscape.linear_probes_paper(x, y, test_x, test_y, 3)
+    converged = landscape.linear_probes_converged(x, y, test_x, test_y, 3)
+    assert paper == pytest.approx([probe.linear_probe_paper(train, test, 3)[0] for train, test in sets], abs=0.51)
+    assert converged == pytest.approx([probe.linear_probe_converged(train, test, 3) for train, test in sets], abs=0.51)
+    assert converged[0] > converged[2] + 5
+    collapsed = torch.stack([torch.ones(300, 8), x[0]])
+    assert landscape.linear_probes_converged(collapsed, y, collapsed[:, :200], y[:200], 3)[0] < 50  # no feature varies: no error
+
+
+@pytest.mark.parametrize("bn", ["batch", "reset"])
+def test_batch_norm_statistics_of_a_point(folder, pair, here, monkeypatch, bn):
+    """An anchor whose running statistics are spoilt gives the same values: none of them is used."""
+    config, arrays = lay(pair, "a.npz", "--bn", bn)
+    shutil.copytree(pair, "spoilt")
+    for run in ("near", "far"):
+        checkpoint = torch.load(f"spoilt/{run}/last.pt", weights_only=True)
+        for name, t in checkpoint["student"].items():
+            if "running" in name:
+                t.mul_(7).add_(3)
+        torch.save(checkpoint, f"spoilt/{run}/last.pt")
+    _, spoilt = lay(Path("spoilt"), "b.npz", "--bn", bn)
+    assert all(np.array_equal(arrays[key], spoilt[key]) for key in landscape.QUANTITIES)
+    if bn == "reset":
+        assert not np.array_equal(arrays["kl"], lay(pair, "c.npz")[1]["kl"])
+
+
+def test_a_killed_plane_goes_on_to_the_same_file(pair, here, monkeypatch):
+    config, whole = lay(pair, "whole.npz")
+    place, count = landscape.place, itertools.count()
+    def killed(*args):
+        if next(count) == 20:
+            raise KeyboardInterrupt
+        place(*args)
+    monkeypatch.setattr(landscape, "place", killed)
+    monkeypatch.setattr(landscape, "SAVE_EVERY", 0)
+    with pytest.raises(KeyboardInterrupt):
+        lay(pair, "a.npz")
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert 3 < landscape.read_npz(Path("a.npz"))[1]["done"] < 28
+    problem(landscape.main, "plot", "a.npz", says=["--resume"])
+    with pytest.raises(Problem, match="--resume"):
+        lay(pair, "a.npz")
+    with pytest.raises(Problem, match="--bn batch, not reset"):
+        lay(pair, "a.npz", "--resume", "--bn", "reset")
+    measured = []
+    monkeypatch.setattr(landscape, "place", lambda *args: (measured.append(1), place(*args)))
+    _, arrays = lay(pair, "a.npz", "--resume")
+    assert arrays.keys() == whole.keys() and all(np.array_equal(arrays[key], whole[key]) for key in whole) and len(measured) < 20
+    before = Path("a.npz").read_bytes()
+    lay(pair, "a.npz", "--resume")
+    assert Path("a.npz").read_bytes() == before
+
+
+def test_a_line_between_equal_networks_has_no_barrier_and_to_a_permuted_copy_it_has():
+    """XOR by hand: swapping hidden units changes nothing, but half way between the two all output weights are 0."""
+    x = torch.tensor([[1.0, 1], [-1, -1], [1, -1], [-1, 1]])
+    y = torch.tensor([0, 0, 1, 1])
+    def error(state):
+        hidden = F.relu(x @ state["hidden"].T)
+        return 100 * (((hidden @ state["out"]) > 0).long() != y).double().mean().item()
+    a = {"hidden": torch.tensor([[1.0, 1], [-1, -1], [1, -1], [-1, 1]]), "out": torch.tensor([-1.0, -1, 1, 1])}
+    permuted = {name: t[[2, 3, 0, 1]] for name, t in a.items()}
+    ts = np.linspace(0, 1, 11)
+    same_line, line = (landscape.error_along_line(a, b, ts, error) for b in (a, permuted))
+    assert (same_line == 0).all() and landscape.barrier(same_line) == 0
+    assert line[0] == line[-1] == 0 and landscape.barrier(line) == 50
+    assert landscape.barrier(np.array([[10.0, 40, 20], [30, 10, 10]])).tolist() == [25, 10]
+
+
+def test_a_line_is_exact_at_its_ends_and_between_equal_networks():
+    a, b = (distill.random_network(seed, "resnet20", 4, 16).state_dict() for seed in (0, 1))
+    seen = []
+    landscape.error_along_line(a, b, [0.0, 1.0], lambda state: seen.append(state) or 0)
+    landscape.error_along_line(a, a, np.linspace(0, 1, 7), lambda state: seen.append(state) or 0)
+    assert same(seen[0], a) and same(seen[1], b) and all(same(state, a) for state in seen[2:])
+
+
+def join(run, out, *args):
+    """landscape.py connect with two copies and three epochs; returns config, arrays and the copies."""
+    landscape.main(["connect", str(run), "--copies", "2", "--epochs", "3", "--batch-size", "16", "--points", "3", "--device", "cpu",
+                    "--amp", "off", "--out", str(out), *map(str, args)])
+    return *landscape.read_npz(Path(out) / "connect.npz"), distill.read_checkpoint(out, "landscape.py")["copies"]
+
+
+def test_copies_differ_in_the_order_of_the_data_alone(folder, pair, here, monkeypatch):
+    starts, seeds, train = [], [], landscape.train
+    def spy(batch_loss, n, optimizer, scaler, *, seed, **options):
+        starts.append([p.detach().clone() for p in optimizer.param_groups[0]["params"]])
+        seeds.append(seed)
+        return train(batch_loss, n, optimizer, scaler, seed=seed, **options)
+    monkeypatch.setattr(landscape, "train", spy)
+    config, arrays, copies = join(pair / "near", "c")
+    assert seeds == [0, 1, 0, 1] and arrays["error"].shape == (2, 1, 3) and arrays["barrier"].shape == (2, 1)
+    equal = lambda a, b: all(torch.equal(p, q) for p, q in zip(a, b))
+    assert equal(starts[0], starts[1]) and equal(starts[2], starts[3]) and equal(starts[0][-2:], starts[2][-2:])
+    teacher, student, _ = distill.load_checkpoint(pair / "near")
+    assert equal(starts[0], student.parameters()) and equal(starts[2], teacher.parameters())
+    assert not same(copies[0], copies[1]) and not same(copies[2], copies[3])
+
+    # The ends are the copies' own errors, with batch norm's statistics averaged anew over the training images
+    data, cpu = distill.load_data(str(folder), 16), torch.device("cpu")
+    autocast, stats = distill.amp_tools("off", cpu)[0], distill.channel_stats(data.train_x)
+    network = distill.classifier(teacher, 64, 3, 0)
+    for state, error in zip(copies, arrays["error"][:, 0, [0, -1]].reshape(-1)):
+        network.load_state_dict(state)
+        torch.optim.swa_utils.update_bn([distill.normalise(landscape.subset(data.train_x, data.train_y, None, cpu)[0], stats)], network["encoder"])
+        assert error == pytest.approx(100 - distill.test_accuracy(network, data.test_x, data.test_y, stats, autocast))
+    assert arrays["barrier"] == pytest.approx(arrays["error"].max(2) - arrays["error"][..., [0, -1]].mean(2))
+
+
+@pytest.mark.parametrize("saves", [1, 3, 5])
+def test_a_killed_connect_goes_on_to_the_same_numbers(pair, here, monkeypatch, saves):
+    _, whole, copies = join(pair / "near", "whole")
+    write, count = landscape.write_atomically, itertools.count(1)
+    def killed(path, save):
+        write(path, save)
+        if next(count) == saves:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(landscape, "write_atomically", killed)
+    monkeypatch.setattr(landscape, "SAVE_EVERY", 0)
+    with pytest.raises(KeyboardInterrupt):
+        join(pair / "near", "a")
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    with pytest.raises(Problem, match="--resume"):
+        join(pair / "near", "a")
+    with pytest.raises(Problem, match="--epochs 3, not 4"):
+        join(pair / "near", "a", "--resume", "--epochs", 4)
+    with pytest.raises(Problem, match="other weights"):
+        join(pair / "far", "a", "--resume")
+    _, arrays, again = join(pair / "near", "a", "--resume")
+    assert all(np.array_equal(arrays[key], whole[key]) for key in whole) and all(same(a, b) for a, b in zip(again, copies))
+
+
+def test_the_npz_redraws_to_the_same_picture(pair, here, capsys):
+    lay(pair, "a.npz")
+    lay(pair, "b.npz", "--axes", "barycentric", runs=["far"])
+    join(pair / "near", "c")
+    for files in (["a.npz", "b.npz"], ["a.npz"], ["c/connect.npz"], ["c/connect.npz", "c/connect.npz"]):
+        pictures = []
+        for name in ("one.png", "two.png"):
+            landscape.main(["plot", *files, "--figure", name])
+            pictures.append(Path(name).read_bytes())
+        assert pictures[0] == pictures[1] and len(pictures[0]) > 10_000
+    assert "barrier" in capsys.readouterr().out
+    landscape.main(["plot", "a.npz", "--figure", "two.png", "--kl-range", "1e-9", "1"])
+    landscape.main(["plot", "a.npz"])
+    assert Path("a.png").read_bytes() != Path("two.png").read_bytes()
+    problem(landscape.main, "plot", "a.npz", "c/connect.npz", says=["apart"])
+
+
+def test_landscape_refuses_bad_input(folder, pair, here):
+    problem(landscape.main, "plane", pair / "near", says=["no plane"])  # at ε = 0 the student starts at its teacher
+    problem(landscape.main, "plane", pair / "near", pair / "near", says=["no plane"])
+    for options, says in ((["--seed", 1], ["different teachers", "--seed", "0 and 1"]), (["--out-dim", 32], ["--out-dim 64", "32"]),
+                          (["--arch", "resnet56"], ["--arch resnet20", "resnet56"]), (["--raw-rows"], ["--raw-rows False", "True"])):
+        run(folder, "--steps", 1, *options, out=f"other{options[-1]}")
+        problem(landscape.main, "plane", pair / "near", f"other{options[-1]}", says=says)
+    one_line(cli("landscape.py", "plane", pair / "near", "other1"), "different teachers")
+    problem(landscape.main, "plane", pair / "near", "nowhere", says=["no checkpoint at nowhere"])
+    problem(landscape.main, "plane", pair / "near", pair / "far", "--dataset", "noise", says=["no labels"])
+    problem(landscape.main, "connect", pair / "near", "--dataset", "noise", says=["no labels"])
+    problem(landscape.main, "connect", pair / "near", "--n-samples", 61, says=["--n-samples 61", "60"])
+    problem(landscape.main, "plot", "none.npz", says=["no file none.npz"])
+    lay(pair, "a.npz")
+    good = Path("a.npz").read_bytes()
+    for text in (b"", b"text", good[:100], good[:len(good) // 2], good[:-1]):
+        Path("cut.npz").write_bytes(text)
+        problem(landscape.main, "plot", "cut.npz", says=["cut.npz", "truncated"])
+    np.savez("foreign.npz", x=np.zeros(3))
+    problem(landscape.main, "plot", "foreign.npz", says=["not a file of landscape.py"])
+    shutil.copytree(pair / "far", "moved")
+    checkpoint = torch.load("moved/last.pt", weights_only=True)
+    checkpoint["student"]["mlp.0.weight"] += 1
+    torch.save(checkpoint, "moved/last.pt")
+    problem(landscape.main, "plane", pair / "near", "moved", "--grid", 5, "--device", "cpu", "--amp", "off", "--out", "a.npz", "--resume",
+            says=["other weights"])
+    checkpoint["teacher"]["mlp.0.weight"] += 1
+    torch.save(checkpoint, "moved/last.pt")
+    problem(landscape.main, "plane", "moved", says=["version of torch"])
+    problem(landscape.main, "connect", pair / "near", "--out", "a.npz", says=["is a file"])
+    assert Path("a.npz").read_bytes() == good
+
+
+@pytest.mark.parametrize("args, says", [
+    ([], "command"), (["plain"], "plane"), (["plane"], "A"), (["plane", "a", "b", "--grid", "2"], "at least 3"),
+    (["plane", "a", "--view", "shared"], "two runs"), (["plane", "a", "b", "--view", "non-local"], "two runs"),
+    (["plane", "a", "--x", "1", "0"], "--x"), (["plane", "a", "--out", "a.png"], ".npz"), (["connect", "a", "--copies", "1"], "at least 2"),
+    (["connect", "a", "--points", "2"], "at least 3"), (["plot", "a.npz", "--figure", "a.txt"], ".png"),
+    (["plot", "a.npz", "--kl-range", "1", "0"], "--kl-range")])
+def test_landscape_usage_errors_exit_2(args, says, capsys):
+    with pytest.raises(SystemExit) as caught:
+        landscape.main(args)
+    assert caught.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
+
+
 # ---- The command line ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("script", ["distill.py", "probe.py", "prune.py"])
+@pytest.mark.parametrize("script", ["distill.py", "probe.py", "prune.py", "landscape.py"])
 def test_help(script):
     done = cli(script, "--help")
     assert done.returncode == 0 and "usage" in done.stdout
@@ -908,7 +1240,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(folder, here):
 
 
 def test_quick_as_a_user_runs_it(tmp_path):
-    for name in ("distill.py", "probe.py", "prune.py", "run_all.sh", "requirements.txt"):
+    for name in ("distill.py", "probe.py", "prune.py", "landscape.py", "run_all.sh", "requirements.txt"):
         shutil.copy(REPO / name, tmp_path)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     quick = lambda: subprocess.run(["bash", "run_all.sh", "quick", "--steps", "4", "--eval-every", "2", "--n-samples", "200",
@@ -920,16 +1252,21 @@ def test_quick_as_a_user_runs_it(tmp_path):
     for scores in (summary["raw"], summary["teacher"], *summary["students"].values()):
         assert set(scores) == {"linear_paper", "linear_converged", "knn"} and all(0 < s < 100 for s in scores.values())
     assert (tmp_path / "figures/quick.png").stat().st_size > 10_000 and not (tmp_path / ".venv").exists()
-    assert (tmp_path / "figures/quick_tickets.png").stat().st_size > 10_000
+    for picture in ("tickets", "plane", "connect"):
+        assert (tmp_path / f"figures/quick_{picture}.png").stat().st_size > 10_000
+    plane, (_, lines) = (landscape.read_npz(tmp_path / "runs/quick/eps0" / name) for name in ("plane-shared-epsinf.npz", "connect/connect.npz"))
+    assert plane[0]["n_images"] == 200 and plane[1]["kl"].shape == (172,) and plane[1]["kl"].min() > 0 and lines["error"].shape == (2, 3, 11)
     for name, left in (("student-rewind0", 12.25), ("random-rewind0", 12.25), ("student-rewind0-control", 12.25)):
         assert float(curve(tmp_path / f"runs/quick/eps0/prune-{name}")[-1]["weights_left"]) == pytest.approx(left, abs=0.001)
-    features, tickets = (tmp_path / "runs/quick/table.txt").read_text(), done.stdout[done.stdout.index("best epoch's test accuracy"):]
+    features, tickets = (tmp_path / "runs/quick/table.txt").read_text(), re.search("best epoch's test accuracy.*tickets.png", done.stdout, re.S)[0]
     assert features in done.stdout
     stamps = lambda: {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/quick/**/last.pt")}
     contents = lambda: {p: p.read_bytes() for p in tmp_path.glob("runs/quick/**/*") if p.is_file()}
     before = stamps(), contents()
     again = quick()
     assert again.returncode == 0 and again.stdout.count("all 4 steps are done") == 3 and again.stdout.count("all 2 rounds are done") == 3
-    assert features in again.stdout and again.stdout.endswith(tickets)
-    assert before == (stamps(), contents()) and len(before[0]) == 6
+    assert features in again.stdout and tickets in again.stdout
+    assert before == (stamps(), contents()) and len(before[0]) == 7
+    numbers = lambda text: re.findall("^(?:θ|distilled student|random init|barrier).*", text[text.index("quick_tickets.png"):], re.M)
+    assert numbers(again.stdout) == [line for line in numbers(done.stdout) if ", copy " not in line] and len(numbers(again.stdout)) == 13
     assert subprocess.run(["bash", "run_all.sh", "quik"], cwd=tmp_path, env=environment, capture_output=True).returncode == 2
