@@ -1255,7 +1255,7 @@ def test_quick_as_a_user_runs_it(tmp_path):
     for picture in ("tickets", "plane", "connect"):
         assert (tmp_path / f"figures/quick_{picture}.png").stat().st_size > 10_000
     plane, (_, lines) = (landscape.read_npz(tmp_path / "runs/quick/eps0" / name) for name in ("plane-shared-epsinf.npz", "connect/connect.npz"))
-    assert plane[0]["n_images"] == 200 and plane[1]["kl"].shape == (172,) and plane[1]["kl"].min() > 0 and lines["error"].shape == (2, 3, 11)
+    assert plane[0]["n_images"] == 200 and plane[1]["kl"].shape == (172,) and plane[1]["kl"].min() > 0 and lines["error"].shape == (2, 3, 7)
     for name, left in (("student-rewind0", 12.25), ("random-rewind0", 12.25), ("student-rewind0-control", 12.25)):
         assert float(curve(tmp_path / f"runs/quick/eps0/prune-{name}")[-1]["weights_left"]) == pytest.approx(left, abs=0.001)
     features, tickets = (tmp_path / "runs/quick/table.txt").read_text(), re.search("best epoch's test accuracy.*tickets.png", done.stdout, re.S)[0]
