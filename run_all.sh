@@ -53,9 +53,9 @@ quick() {  # --resume: what is done is skipped, what was interrupted goes on
     $PY prune.py plot runs/quick/eps0 --figure figures/quick_tickets.png
     # The landscape in miniature: a plane through the teacher and two students, and lines between fine-tuned copies
     local plane=runs/quick/eps0/plane-shared-epsinf.npz connect=runs/quick/eps0/connect/connect.npz
-    $PY landscape.py plane runs/quick/eps0 runs/quick/epsinf --grid 13 --n-samples 400 --n-test 300 --resume
+    $PY landscape.py plane runs/quick/eps0 runs/quick/epsinf --grid 13 --n-samples 200 --n-test 200 --resume
     $PY landscape.py plot $plane --figure figures/quick_plane.png
-    $PY landscape.py connect runs/quick/eps0 --copies 3 --n-samples 1750 --epochs 4 --batch-size 64 --points 7 --n-test 500 --resume
+    $PY landscape.py connect runs/quick/eps0 --copies 3 --n-samples 1000 --epochs 6 --batch-size 64 --points 5 --n-test 500 --resume
     $PY landscape.py plot $connect --figure figures/quick_connect.png
     echo "the numbers: runs/quick/summary.json, runs/quick/eps0/prune-*/log.csv, runs/quick/eps0/{$(basename $plane),connect/connect.npz}"
     echo "the pictures: figures/quick*.png"
