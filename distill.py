@@ -8,8 +8,10 @@
 Method: "Random Teachers are Good Teachers", Sarnthein et al., ICML 2023, arXiv 2302.12091. This file, in the order the
 data flows: models, data, student initialisation, loss, the training loop, checkpoints, main.
 """
-import argparse, csv, hashlib, io, math, os, pickle, signal, socket, sys, time, warnings
+import argparse, csv, hashlib, io, json, math, os, pickle, platform, re, shutil, signal, socket, subprocess, sys, time, warnings, zipfile
 from datetime import timedelta
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision import transforms
+from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 from torchvision.models.vgg import cfgs as VGG_PLANS, make_layers as vgg_layers
 
@@ -58,6 +61,32 @@ def cifar_resnet(n_blocks):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+class ViT(nn.Module):
+    """Vision transformer (Dosovitskiy et al. 2021) whose 12 pre-norm layers are one: they share their weights.
+
+    So the paper's parameter counts have it, with patches of 16 pixels, though its text says 8 (vit-*-p8). Emits the class
+    token. The paper's own ViT attends over heads, not tokens: its numbers are those of another network.
+    """
+    def __init__(self, width, patch, image_size):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, stride=patch)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.positions = nn.Parameter(torch.randn(1, 1 + (image_size // patch) ** 2, width))
+        self.layer = nn.TransformerEncoderLayer(width, width // 64, 4 * width, dropout=0.0, activation=F.gelu,
+                                                batch_first=True, norm_first=True)
+        attention, bound = self.layer.self_attn, width**-0.5
+        for p in (attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.bias):
+            nn.init.uniform_(p, -bound, bound)  # as torch initialises its Linear; its attention does otherwise
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x):
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), tokens], dim=1) + self.positions
+        for _ in range(12):
+            tokens = self.layer(tokens)
+        return self.norm(tokens[:, 0])
+
+
 ARCHS = {  # name: (encoder for an image size, embedding width r)
     "vgg11": (lambda size: vgg("A"), 512), "vgg13": (lambda size: vgg("B"), 512),
     "vgg16": (lambda size: vgg("D"), 512), "vgg19": (lambda size: vgg("E"), 512),
@@ -65,22 +94,35 @@ ARCHS = {  # name: (encoder for an image size, embedding width r)
     "resnet34": (lambda size: imagenet_resnet("resnet34", size), 512),
     "resnet50": (lambda size: imagenet_resnet("resnet50", size), 2048),
     "resnet20": (lambda size: cifar_resnet(3), 64), "resnet56": (lambda size: cifar_resnet(9), 64),
+    **{f"vit-{name}{suffix}": (partial(ViT, width, patch), width) for suffix, patch in (("", 16), ("-p8", 8))
+       for name, width in (("tiny", 192), ("small", 384), ("medium", 512), ("base", 768))},
+}
+NORMS = {  # what may stand in for a ResNet's batch norm over c channels (Fig. 11)
+    "batch": nn.BatchNorm2d, "instance": lambda c: nn.GroupNorm(c, c), "group": lambda c: nn.GroupNorm(c // 8, c),
+    "layer": lambda c: nn.GroupNorm(1, c), "none": lambda c: nn.Identity(),
 }
 
 
 class Network(nn.Module):
-    """Encoder, projector MLP and L2 bottleneck (App. E.1). The m logits, cosines in [-1, 1], are bottleneck(x) @ rows().T.
+    """Encoder, projector MLP and L2 bottleneck (App. E.1): logits(bottleneck(x)) are the m logits, here cosines in [-1, 1].
 
-    `raw_rows` leaves the m rows of the last layer unnormalised, as the paper's released code does: logits shrink by the
-    rows' norm, about 0.02·√256 = 0.32, and the KL by about its square.
+    `bottleneck` names the parts of its two halves, to 256 and from there to m logits (Fig. 12): w, the rows of the layer's
+    weight are normalised; l, the linear layer itself; f, its output is normalised. The paper's text has lf/wl; its released
+    code computes lf/l, so that logits shrink by the rows' norm, about 0.02·√256 = 0.32, and the KL by about its square.
     """
-    def __init__(self, arch, out_dim, image_size=32, raw_rows=False):
+    def __init__(self, arch, out_dim, image_size=32, norm="batch", bottleneck="lf/wl"):
         super().__init__()
         build, r = ARCHS[arch]
         self.encoder = build(image_size)
-        self.mlp = nn.Sequential(nn.Linear(r, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU(), nn.Linear(2048, 256))
-        self.last = nn.Linear(256, out_dim, bias=False)
-        self.raw_rows = raw_rows
+        if norm != "batch":
+            for module in list(self.encoder.modules()):
+                for name, child in module.named_children():
+                    if isinstance(child, nn.BatchNorm2d):
+                        setattr(module, name, NORMS[norm](child.num_features))
+        self.parts = bottleneck.split("/")
+        self.mlp = nn.Sequential(nn.Linear(r, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU())
+        self.first = nn.Linear(2048, 256) if "l" in self.parts[0] else None
+        self.last = nn.Linear(256 if self.first else 2048, out_dim, bias=False) if "l" in self.parts[1] else None
 
     def embed(self, images, autocast):
         """(B, 3, s, s) normalised images -> (B, r) float32 embeddings.
@@ -92,27 +134,37 @@ class Network(nn.Module):
             embedding = self.encoder(images)
         return embedding.float()
 
+    def half(self, i, linear, x):
+        """One half of the bottleneck, with the parts that are switched on."""
+        if "l" in self.parts[i]:
+            x = F.linear(x, F.normalize(linear.weight, dim=1) if "w" in self.parts[i] else linear.weight, linear.bias)
+        return F.normalize(x, dim=1) if "f" in self.parts[i] else x
+
     def project(self, embedding):
-        """(B, r) embeddings -> (B, 256) unit vectors."""
-        return F.normalize(self.mlp(embedding), dim=1)
+        """(B, r) embeddings -> (B, 256) unit vectors, or what `bottleneck` makes of them."""
+        return self.half(0, self.first, self.mlp(embedding))
 
     def bottleneck(self, images, autocast):
         """(B, 3, s, s) normalised images -> (B, 256) float32 unit vectors."""
         return self.project(self.embed(images, autocast))
 
-    def rows(self):
-        """The last layer's (m, 256) weight, rows of unit length (unless `raw_rows`)."""
-        return self.last.weight if self.raw_rows else F.normalize(self.last.weight, dim=1)
+    def logits(self, vectors):
+        """(B, 256) vectors -> (B, m) logits."""
+        return self.half(1, self.last, vectors)
 
 
-SHAPE = ("arch", "out_dim", "image_size", "raw_rows")  # the settings that shape a Network, in its order
+SHAPE = ("arch", "out_dim", "image_size", "norm", "bottleneck")  # the settings that shape a Network, in its order
 
 
-def random_network(seed, arch, out_dim, image_size=32, raw_rows=False):
+def random_network(seed, *shape, **settings):
     """A freshly initialised Network, on the CPU; the same `seed` gives the same weights."""
-    network = Network(arch, out_dim, image_size, raw_rows)
+    with torch.random.fork_rng(devices=[]):  # ViTs keep torch's own initialisation, from its global generator
+        torch.manual_seed(seed)
+        network = Network(*shape, **settings)
     generator = torch.Generator().manual_seed(seed)
-    for module in network.modules():
+    for name, module in network.named_modules():
+        if isinstance(network.encoder, ViT) and name.startswith("encoder"):
+            continue
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
         elif isinstance(module, nn.Linear):
@@ -136,22 +188,31 @@ class Data(NamedTuple):
         return Data(*(part.to(device) for part in self[:4]), self.classes)
 
 
-DATASETS = ("cifar10", "cifar100", "leaves", "noise")
+ARCHIVES = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100, "stl10": torchvision.datasets.STL10}
+DATASETS = (*ARCHIVES, "tinyimagenet", "cifar5m", "leaves", "noise")
 
 
-def load_data(name, image_size=32, data_dir="data", mirror=None):
+def load_data(name, image_size=32, data_dir="data", mirror=None, n=None):
     """Load a data set by name, or any folder with train/<class>/* and test/<class>/* (or val/) images, as `Data`.
 
-    Raises Problem for an unknown name, a folder without train/, a failed download, an unreadable image.
+    `n` is how many training images are wanted: cifar5m loads no more, noise makes no fewer. Raises Problem for an unknown
+    name, a folder without train/, a failed download, an unreadable image.
     """
     if name == "leaves":
         data = dead_leaves()
     elif name == "noise":  # the paper's control (Fig. 4): σ=1 after normalisation; 8 bits hold ±4σ in steps of σ/32
-        pixels = np.random.default_rng(0).standard_normal((50_000, 3, image_size, image_size), np.float32)
-        x, y = torch.from_numpy((pixels * 32 + 128).round().clip(0, 255).astype(np.uint8)), torch.zeros(len(pixels)).long()
+        rng, x = np.random.default_rng(0), torch.empty(max(n or 0, 50_000), 3, image_size, image_size, dtype=torch.uint8)
+        for block in x.split(10_000):
+            pixels = rng.standard_normal(block.shape, np.float32)
+            block.copy_(torch.from_numpy((pixels * 32 + 128).round().clip(0, 255)))
+        y = torch.zeros(len(x), dtype=torch.int64)
         data = Data(x, y, x[:0], y[:0], ["noise"])
-    elif name in ("cifar10", "cifar100"):
-        data = cifar(name, data_dir, mirror)
+    elif name in ARCHIVES:
+        data = archive(name, data_dir, mirror)
+    elif name == "tinyimagenet":
+        data = image_folder(tiny_imagenet(data_dir, mirror), image_size, data_dir)
+    elif name == "cifar5m":
+        data = cifar5m(archive("cifar10", data_dir, mirror), Path(data_dir) / "cifar5m", n)
     elif Path(name).is_dir():
         data = image_folder(Path(name), image_size, data_dir)
     else:
@@ -177,22 +238,75 @@ def stratified_subset(labels, n):
     return shuffled[share.argsort(stable=True)[:n]].sort().values
 
 
-def cifar(name, data_dir, mirror):
-    """CIFAR10/100 by torchvision's downloader, which checks the MD5 sum wherever the file comes from."""
-    source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    if mirror:
-        source.url = f"{mirror.rstrip('/')}/{source.filename}"
-    if not (Path(data_dir) / source.base_folder).exists():
-        print(f"downloading {source.url} (170 MB) to {data_dir}/; the original host can be slow: 55 kB/s, an hour in all, was "
-              f"seen in 2026. From a mirror: --mirror URL; without a download: --dataset leaves", flush=True)
+@contextmanager
+def downloading(url, folder, size):
+    """Say what is about to be downloaded, if `folder` is not there, and turn what may go wrong into one line."""
+    if not folder.exists():
+        print(f"downloading {url} ({size}) to {folder.parent}/; from a mirror: --mirror URL; without a download: --dataset leaves",
+              flush=True)
     socket.setdefaulttimeout(60)  # a silent host is an error, not a wait for ever
     try:
-        parts = [source(data_dir, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError, ValueError) as error:
-        raise Problem(f"cannot download {source.url} ({str(error).splitlines()[0]}): use --dataset leaves, a folder of "
-                      f"images, or --mirror URL of a directory that holds {source.filename}")
-    arrays = [a for part in parts for a in (torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets))]
+        yield
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        raise Problem(f"cannot download {url} ({str(error).splitlines()[0]}): use --dataset leaves, a folder of images, or "
+                      f"--mirror URL of a directory that holds {url.rpartition('/')[2]}")
+
+
+def archive(name, data_dir, mirror):
+    """CIFAR10/100 and STL10 by torchvision's downloader, which checks the MD5 sum wherever the file comes from."""
+    source = ARCHIVES[name]
+    if mirror:
+        source.url = f"{mirror.rstrip('/')}/{source.filename}"
+    size = "2.6 GB" if name == "stl10" else "170 MB; the original host can be slow: 55 kB/s, an hour in all, was seen in 2026"
+    with downloading(source.url, Path(data_dir) / source.base_folder, size):
+        if name == "stl10":  # 5,000 labelled training images; the 100,000 without labels are not used
+            parts = [source(data_dir, split=split, download=True) for split in ("train", "test")]
+            arrays = [torch.from_numpy(a) for part in parts for a in (part.data, part.labels.astype(np.int64))]
+        else:
+            parts = [source(data_dir, train=train, download=True) for train in (True, False)]
+            arrays = [a for part in parts for a in (torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets))]
     return Data(*arrays, parts[0].classes)
+
+
+def tiny_imagenet(data_dir, mirror):
+    """Download Tiny ImageNet's zip, sort its validation images into folders by class, and return its folder."""
+    folder = Path(data_dir) / "tiny-imagenet-200"
+    url = f"{(mirror or 'http://cs231n.stanford.edu').rstrip('/')}/tiny-imagenet-200.zip"
+    with downloading(url, folder, "240 MB"):
+        if not (folder / "val").exists():  # last in the archive
+            download_and_extract_archive(url, data_dir, md5="90528d7ca1a48142e341f4ef8d21d0de")
+        if (unsorted := folder / "val/images").exists():  # all in one folder, classes in a text file: move them apart
+            for line in (folder / "val/val_annotations.txt").read_text().splitlines():
+                image, wordnet_id = line.split("\t")[:2]
+                (folder / "val" / wordnet_id).mkdir(exist_ok=True)
+                if (unsorted / image).exists():  # else an interrupted call has moved it
+                    (unsorted / image).rename(folder / "val" / wordnet_id / image)
+            unsorted.rmdir()
+    return folder
+
+
+def cifar5m(cifar10, folder, n):
+    """CIFAR10 with as many images of CIFAR-5M (Nakkiran et al. 2021) as make `n` for training, or all (Fig. 4).
+
+    `folder` holds CIFAR-5M's parts, *.npz with X (k, 32, 32, 3) uint8 and Y (k,), as they come; only what is used is read.
+    """
+    images, labels = [cifar10.train_x], [cifar10.train_y]
+    missing = (n or 10**9) - len(cifar10.train_y)
+    for path in sorted(folder.glob("*.npz")):
+        with zipfile.ZipFile(path) as file:
+            for name, parts in (("X", images), ("Y", labels)):
+                with file.open(f"{name}.npy") as member:
+                    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                    (k, *shape), _, dtype = header[np.lib.format.read_magic(member)](member)
+                    rows = np.frombuffer(member.read(min(k, missing) * math.prod(shape) * dtype.itemsize), dtype)
+                    parts.append(torch.from_numpy(rows.reshape(-1, *shape).copy()))
+        images[-1], labels[-1] = images[-1].permute(0, 3, 1, 2), labels[-1].long()
+        missing -= len(labels[-1])
+        if missing <= 0:
+            break
+    if len(images) == 1 and missing > 0:
+        raise Problem(f"{folder} holds no part of CIFAR-5M: put its .npz files there (https://github.com/preetum/cifar5m)")
+    return cifar10._replace(train_x=torch.cat(images), train_y=torch.cat(labels))
 
 
 def image_folder(folder, image_size, data_dir):
@@ -337,7 +451,7 @@ def kl_by_log_softmax(teacher_logits, student_logits):
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-KL_FORMS = {"exact": KLDivergence.apply, "log-softmax": kl_by_log_softmax}
+LOSSES = {"kl": KLDivergence.apply, "kl-log-softmax": kl_by_log_softmax, "mse": F.mse_loss}
 
 
 def distance(parameters, start):
@@ -377,15 +491,15 @@ def pick_device(name):
     return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
 
 
-def pick_amp(amp, device, arch):
+def pick_amp(amp, device, arch, norm="batch"):
     """Resolve --amp auto: bf16 where the hardware multiplies it fast, else fp16 on CUDA, else float32 ("off").
 
-    Float32 for VGG as well: in the one bf16 run we measured (README, "Real images") VGG11 hardly learned, while ResNet20
-    learns as in float32.
+    Float32 also where there is no batch norm: in the one bf16 run we measured (README, "Real images") VGG11 hardly learned,
+    while ResNet20 learns as in float32.
     """
     if amp != "auto":
         return amp
-    if arch.startswith("vgg"):
+    if not arch.startswith("resnet") or norm != "batch":
         return "off"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -520,6 +634,17 @@ def load_checkpoint(path, device="cpu"):
     return *(network.encoder.eval().requires_grad_(False).to(device) for network in networks), config
 
 
+def provenance():
+    """On what, and by which version of this code: {"hardware", "torch", "commit"}, kept beside every result."""
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search("model name.*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    hardware = (torch.cuda.get_device_name() if torch.cuda.is_available() else
+                f"{os.cpu_count()} cores of {cpu[1] if cpu else platform.processor() or platform.machine()}")
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--exclude=*"],
+                         capture_output=True, text=True) if shutil.which("git") else None
+    return {"hardware": hardware, "torch": torch.__version__, "commit": git.stdout.strip() if git else ""}
+
+
 def fingerprint(module):
     """A string that two modules of one kind share if their weights and buffers are equal."""
     return hashlib.sha256(b"".join(t.cpu().contiguous().numpy().tobytes() for t in module.state_dict().values())).hexdigest()
@@ -535,6 +660,13 @@ def at_least(low, kind):
             raise argparse.ArgumentTypeError(f"must be at least {low}")
         return value
     return number
+
+
+def bottleneck_parts(text):
+    """An argparse type: the parts of two halves, such as lf/wl."""
+    if not re.fullmatch("(w?lf?|f?)/(w?lf?|f?)", text):
+        raise argparse.ArgumentTypeError("wants two halves of w, l and f, such as lf/wl; w goes with l")
+    return text
 
 
 def make_parser(doc, prog=None):
@@ -559,18 +691,21 @@ def parse_args(argv=None):
     add("--image-size", "images are resized to so many pixels square; those of a folder keep their shape and are cropped", 32,
         type=at_least(8, int))
     add("--out-dim", "number of logits m; 1024 spares a CPU much work and costs little (Fig. 10)", 2**16, type=positive)
-    add("--raw-rows", "leave the last layer's rows unnormalised, as the released code does: the KL is 10 times smaller",
-        False, action="store_true")
+    add("--norm", "what normalises a ResNet's activations (Fig. 11)", "batch", choices=NORMS)
+    add("--bottleneck", "parts of the projector's two last layers that are on: w, rows of unit length; l, the linear layer; f, "
+        "output of unit length (Fig. 12). lf/l is the released code: the KL is 10 times smaller", "lf/wl", type=bottleneck_parts)
     add("--teacher-mode", "train: the teacher's batch norms use each batch's statistics", "eval", choices=("eval", "train"))
     add("--live-teacher", "run the teacher at every step instead of once: the same result, slower", False, action="store_true")
-    add("--kl", "log-softmax computes the KL the usual way, off by several per cent at 1e-6 nats", "exact", choices=KL_FORMS)
+    add("--loss", "kl-log-softmax is the KL computed the usual way, off by several per cent at 1e-6 nats; mse is that of the "
+        "logits", "kl", choices=LOSSES)
+    add("--optimizer", "sgd has momentum 0.9 and wants a far higher --lr", "adamw", choices=("adamw", "sgd"))
     add("--epochs", "passes over the training images", 100, type=positive)
     add("--steps", "stop after so many steps, if that is earlier", type=positive)
     add("--batch-size", "images a step", 256, type=positive)
     add("--lr", "AdamW's constant learning rate; weight decay is 0", 1e-3, type=at_least(0, float))
     add("--seed", "of the teacher, the student's draw and the order of the data", 0, type=at_least(0, int))
     add("--device", "auto: cuda where there is one", "auto", choices=("auto", "cpu", "cuda"))
-    add("--amp", "16-bit encoder; auto: where the hardware is fast at it, but not for vgg*, which needs float32", "auto",
+    add("--amp", "16-bit encoder; auto: where the hardware is fast at it and the encoder has batch norm; VGG needs float32", "auto",
         choices=("auto", "bf16", "fp16", "off"))
     add("--log-every", "steps between log lines (default: an epoch, at most 100)", type=positive)
     add("--eval-every", "steps between probes, with a checkpoint each (default: a tenth of the run)", type=positive)
@@ -622,7 +757,7 @@ def main(argv=None):
     device = pick_device(args.device)
     config, path = {**vars(args), "out": str(args.out)}, args.out / "last.pt"
     checkpoint = open_run(args.out, config)
-    args.amp = config["amp"] = pick_amp(config["amp"], device, args.arch)
+    args.amp = config["amp"] = pick_amp(config["amp"], device, args.arch, args.norm)
 
     # Data: the student sees `images` alone; labels are for the probes
     load = lambda name: load_data(name, args.image_size, args.data_dir, args.mirror)
@@ -649,7 +784,8 @@ def main(argv=None):
     student.train().to(device)
     theta = list(student.parameters())
     theta_0 = [p.detach().clone() for p in theta]
-    optimizer = torch.optim.AdamW(theta, lr=args.lr, weight_decay=0, fused=True)
+    optimizer = (torch.optim.AdamW(theta, lr=args.lr, weight_decay=0, fused=True) if args.optimizer == "adamw" else
+                 torch.optim.SGD(theta, lr=args.lr, momentum=0.9, fused=True))
     autocast, scaler = amp_tools(args.amp, device)
     if checkpoint:
         for name, part in (("teacher", teacher), ("student", student), ("optimizer", optimizer), ("scaler", scaler)):
@@ -660,7 +796,6 @@ def main(argv=None):
     # The teacher runs once: it is frozen, the images are not augmented, and in eval mode its output for an image does not
     # depend on the rest of the batch. So n bottleneck vectors hold all it will ever say, and a step costs no teacher encoder.
     full_precision, table = amp_tools("off", device)[0], None
-    teacher_rows = teacher.rows()
     if args.teacher_mode == "eval" and not args.live_teacher:
         print(f"running the teacher once over {n:,} images, then probing it", flush=True)
         with torch.no_grad():
@@ -671,8 +806,8 @@ def main(argv=None):
         x = normalise(images[index], stats)
         with torch.no_grad():
             target = table[index] if table is not None else teacher.bottleneck(x, full_precision)
-            teacher_logits = target @ teacher_rows.T
-        return KL_FORMS[args.kl](teacher_logits, student.bottleneck(x, autocast) @ student.rows().T)
+            teacher_logits = teacher.logits(target)
+        return LOSSES[args.loss](teacher_logits, student.logits(student.bottleneck(x, autocast)))
 
     def save():
         write_atomically(path, lambda file: torch.save({

@@ -31,7 +31,7 @@ from distill import (ARCHS, FORMATS, SHAPE, KLDivergence, Problem, amp_tools, at
 # ---- Options and files -----------------------------------------------------------------------------------------------
 
 FREE = {"resume", "device", "data_dir", "mirror", "out", "a", "b", "run"}  # what may change on --resume
-DISTILLED = ("arch", "init_eps", "out_dim", "raw_rows", "dataset", "n_samples", "steps", "seed")  # kept of a run's settings
+DISTILLED = ("arch", "init_eps", "out_dim", "norm", "bottleneck", "dataset", "n_samples", "steps", "seed")  # kept of a run's settings
 SAVE_EVERY = 30  # seconds
 
 
@@ -291,7 +291,7 @@ def plane(argv):
     device = pick_device(args.device)
     teacher, networks, names, distilled = anchors_of(args)
     args.dataset = args.dataset or distilled["dataset"]
-    args.amp = pick_amp(args.amp, device, distilled["arch"])
+    args.amp = pick_amp(args.amp, device, distilled["arch"], distilled["norm"])
 
     # Data: some of the images the student saw, normalised as they were for it
     data = load_data(args.dataset, distilled["image_size"], args.data_dir, args.mirror)
@@ -337,7 +337,7 @@ def plane(argv):
     # The teacher's side of every KL, computed once: embeddings, or the bottleneck's vectors, a 256th of m = 65,536 logits
     autocast, full_precision = amp_tools(args.amp, device)[0], amp_tools("off", device)[0]
     head = lambda net, embedding: embedding if args.encoder_only else net.project(embedding)
-    logits = lambda net, vectors: vectors if args.encoder_only else vectors @ net.rows().T
+    logits = lambda net, vectors: vectors if args.encoder_only else net.logits(vectors)
     with torch.no_grad():
         table = [head(teacher, teacher.embed(normalise(batch, stats), full_precision)) for batch in split(images)]
 
@@ -467,7 +467,7 @@ def connect(argv):
     checkpoint = open_run(args.out, config, "landscape.py", FREE | {"starts", "distilled"})
     if checkpoint and checkpoint["config"]["starts"] != config["starts"]:
         raise Problem(f"{args.out} began from other weights than {args.run} holds now: delete it or name another one with --out")
-    args.amp = config["amp"] = pick_amp(config["amp"], device, distilled["arch"])
+    args.amp = config["amp"] = pick_amp(config["amp"], device, distilled["arch"], distilled["norm"])
     stats, per_epoch = channel_stats(images), math.ceil(len(images) / args.batch_size)
     steps, autocast = args.epochs * per_epoch, amp_tools(args.amp, device)[0]
     pairs = list(itertools.combinations(range(args.copies), 2))
@@ -634,7 +634,7 @@ def describe(config):
     """A plane in a line: view, network, number of logits, images."""
     distilled = config["distilled"]
     return (f"{config['view']} view{' of encoders' * config['encoder_only']}, {distilled['arch']}, m = {distilled['out_dim']:,}"
-            f"{', raw rows' * distilled['raw_rows']}, {config['n_images']:,} images of {Path(config['dataset']).name}")
+            f"{', raw rows' * (distilled['bottleneck'] == 'lf/l')}, {config['n_images']:,} images of {Path(config['dataset']).name}")
 
 
 def draw_lines(plt, files):

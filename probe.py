@@ -16,19 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill import (ARCHS, DATASETS, Problem, at_least, channel_stats, fingerprint, load_checkpoint, load_data,
-                     normalise, pick_device, random_network, run_cli, write_atomically)
+from distill import (ARCHS, DATASETS, Problem, amp_tools, at_least, channel_stats, fingerprint, load_checkpoint, load_data,
+                     normalise, pick_device, provenance, random_network, run_cli, write_atomically)
 
 PROBES = {"linear_paper": "linear (paper)", "linear_converged": "linear (converged)", "knn": "k-NN"}
 
 
 @torch.no_grad()
-def extract_features(encoder, images, stats):
-    """uint8 images (n, 3, s, s) -> float32 embeddings (n, r), by `encoder` in eval mode and full precision."""
+def extract_features(encoder, images, stats, amp="off"):
+    """uint8 images (n, 3, s, s) -> float32 embeddings (n, r), by `encoder` in eval mode; in full precision unless told."""
     batch_size = 500 if images.is_cuda else 100  # a CPU is faster with less at once (ResNet20: 1.5 times), to the same bits
     was_training = encoder.training
     encoder.eval()
-    features = torch.cat([encoder(normalise(batch, stats)) for batch in images.split(batch_size)])
+    with amp_tools(amp, images.device)[0]:
+        features = torch.cat([encoder(normalise(batch, stats)).float() for batch in images.split(batch_size)])
     encoder.train(was_training)
     if not features.isfinite().all():
         raise Problem("the encoder's features are not finite: its training diverged; distil again with a lower --lr")
@@ -117,13 +118,13 @@ def knn_probe(train, test, n_classes, k=20):
     return 100 * correct / len(test[1])
 
 
-def evaluate(encoder, data):
+def evaluate(encoder, data, amp="off"):
     """All probes of `encoder` on `data`, in %: {"linear_paper", "linear_paper_last", "linear_converged", "knn"}.
 
     Images are normalised by the mean and standard deviation of `data`'s own training part; features are computed once.
     """
     stats = channel_stats(data.train_x)
-    train, test = ((extract_features(encoder, x, stats), y) for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)))
+    train, test = ((extract_features(encoder, x, stats, amp), y) for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)))
     n_classes = len(data.classes)
     best, last = linear_probe_paper(train, test, n_classes)
     return {"linear_paper": best, "linear_paper_last": last,
@@ -134,6 +135,14 @@ def evaluate(encoder, data):
 
 def write_json(path, result):
     write_atomically(path, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
+
+
+def read_json(path):
+    """The dict in a file that this script or distill.py wrote. Raises Problem."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise Problem(f"{path} is truncated or not ours ({type(error).__name__}): delete it and make it again") from None
 
 
 def common_data(configs, dataset):
@@ -211,8 +220,11 @@ def main(argv=None):
     add("--teacher", nargs="+", choices=ARCHS, default=[], metavar="ARCH",
         help=f"probe random teachers of these kinds, without a run: {', '.join(ARCHS)}")
     add("--seeds", type=at_least(1, int), default=1, help="how many random teachers of each kind, with --teacher (default: 1)")
-    add("--dataset", help=f"data to probe on: {', '.join(DATASETS[:3])}, or a folder of images (default: what the runs used)")
-    add("--json", type=Path, help="also write the accuracies of raw pixels, teacher (mean) and each student to this file")
+    add("--dataset", help=f"data to probe on: {', '.join(DATASETS)}, or a folder of images (default: what the runs used)")
+    add("--amp", choices=("bf16", "fp16", "off"), default="off", help="16-bit encoder: faster; off is what all tables use unless "
+        "they say otherwise (default: off)")
+    add("--json", type=Path, help="also write every accuracy to this file, as soon as it is known")
+    add("--resume", action="store_true", help="do not probe again what the --json file holds already")
     add("--figure", type=Path, help="also draw accuracy over steps to this file (.png, .pdf)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one (default: auto)")
     add("--data-dir", default="data", help="where downloads and caches go (default: data)")
@@ -233,13 +245,24 @@ def main(argv=None):
         raise Problem(f"{dataset} has no labels to probe: name a labelled data set with --dataset")
     print(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, {len(data.classes)} classes, {device.type}")
 
+    results = read_json(args.json) if args.json and args.json.exists() else {}
+    if results and not args.resume:
+        raise Problem(f"{args.json} exists: add --resume to go on with it, or name another file with --json")
+    about = {"dataset": dataset, "train_images": len(data.train_y), "test_images": len(data.test_y), "amp": args.amp}
+
     def probe(name, encoder):
-        probes = evaluate(encoder, data)
-        print(f"  {name}: " + ", ".join(f"{title} {probes[probe]:.2f}" for probe, title in PROBES.items()), flush=True)
-        return probes
+        """The probes of an encoder, taken from the --json file if it has them, and kept there."""
+        known = results.get(name)
+        if known and any(known[key] != value for key, value in about.items() if key != "amp"):
+            raise Problem(f"{args.json} was measured on other data than {dataset}: name another file with --json")
+        results[name] = known or {**evaluate(encoder.to(device), data, args.amp), **about, **provenance()}
+        if args.json:
+            write_json(args.json, results)
+        print(f"  {name}: " + ", ".join(f"{title} {results[name][probe]:.2f}" for probe, title in PROBES.items()), flush=True)
+        return results[name]
 
     raw = probe("raw pixels", nn.Flatten())
-    teachers = [(arch, probe(f"teacher {arch}, seed {seed}", random_network(2 * seed, arch, 1, image_size).encoder.to(device)))
+    teachers = [(arch, probe(f"teacher {arch} seed {seed}", random_network(2 * seed, arch, 1, image_size).encoder))
                 for arch in args.teacher for seed in range(args.seeds)]
     students, known = [], {}  # a teacher that several runs share is probed once
     for path, teacher, student, config in runs:
@@ -249,13 +272,8 @@ def main(argv=None):
             teachers.append((config["arch"], known[key]))
         students.append((path, config, known[key], probe(f"student {path}", student)))
         write_json((path if path.is_dir() else path.parent) / f"probe-{Path(dataset).name}.json",
-                   {"dataset": dataset, "raw": raw, "teacher": known[key], "student": students[-1][-1]})
+                   {"raw": raw, "teacher": known[key], "student": students[-1][-1]})
     print_table(raw, teachers, students)
-    if args.json:
-        mean = lambda *results: {probe: round(statistics.mean(r[probe] for r in results), 4) for probe in PROBES}
-        unique = len({path.name for path in args.runs}) == len(args.runs)
-        write_json(args.json, {"raw": mean(raw), "teacher": mean(*(probes for _, probes in teachers)),
-                               "students": {path.name if unique else str(path): mean(probes) for path, _, _, probes in students}})
     if args.figure:
         draw(args.figure, raw, teachers, students)
 

@@ -79,7 +79,8 @@ def same(a, b):
 
 @pytest.mark.parametrize("arch, count", [
     ("vgg11", 9_220_480), ("vgg13", 9_404_992), ("vgg16", 14_714_688), ("vgg19", 20_024_384), ("resnet18", 11_168_832),
-    ("resnet34", 21_276_992), ("resnet50", 23_500_352), ("resnet20", 271_824), ("resnet56", 855_120)])  # Table 5
+    ("resnet34", 21_276_992), ("resnet50", 23_500_352), ("resnet20", 271_824), ("resnet56", 855_120), ("vit-tiny", 594_048),
+    ("vit-small", 2_072_832), ("vit-medium", 3_550_208), ("vit-base", 7_684_608)])  # Table 5
 def test_parameter_count_and_embedding_width(arch, count):
     build, r = distill.ARCHS[arch]
     encoder = build(32)
@@ -88,7 +89,53 @@ def test_parameter_count_and_embedding_width(arch, count):
 
 
 def test_every_arch_is_tested():
-    assert len(distill.ARCHS) == 9  # a new one wants its count above
+    assert len([arch for arch in distill.ARCHS if not arch.endswith("-p8")]) == 13  # a new one wants its count above
+
+
+@pytest.mark.parametrize("arch, tokens", [("vit-tiny", 5), ("vit-tiny-p8", 17)])
+def test_the_vit_attends_over_tokens_in_twelve_layers(arch, tokens, monkeypatch):
+    encoder, seen = distill.random_network(0, arch, 1).encoder.train(), []
+    encoder.layer.register_forward_hook(lambda layer, inputs, output: seen.append(output.shape))
+    images = torch.randn(2, 3, 32, 32)
+    before = encoder(images)
+    assert seen == [(2, tokens, 192)] * 12
+    images[0, :, -8:, -8:] += 1  # the last patch of one image: seen by that image's class token, and by no other
+    change = (encoder(images) - before).abs().amax(1)
+    assert change[0] > 0.01 and change[1] == 0
+    order = [0, *range(tokens - 1, 0, -1)]  # an attention over tokens does not care for their order, but for their positions
+    flipped = encoder.patches(images).flatten(2).transpose(1, 2).flip(1)
+    with torch.no_grad():
+        encoder.positions.copy_(encoder.positions[:, order])
+    after = encoder(images)
+    monkeypatch.setattr(encoder.patches, "forward", lambda x: flipped.transpose(1, 2).reshape(2, 192, int((tokens - 1) ** 0.5), -1))
+    assert not torch.allclose(after, encoder(images), atol=1e-3)
+    assert torch.allclose(encoder(images)[1], before[1], atol=1e-4)
+    bound = 192**-0.5
+    for name, p in encoder.layer.self_attn.named_parameters():
+        assert bound * 0.95 < p.abs().max() <= bound and p.std().item() == pytest.approx(bound / 3**0.5, rel=0.15), name
+
+
+@pytest.mark.parametrize("norm, groups", [("batch", None), ("instance", 1), ("group", 8), ("layer", math.inf), ("none", None)])
+def test_norms_of_a_resnet(norm, groups):
+    """How many channels share their statistics, by what GroupNorm says of itself (Fig. 11)."""
+    encoder = distill.random_network(0, "resnet20", 1, norm=norm).encoder
+    modules = list(encoder.modules())
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in modules) == (21 if norm == "batch" else 0)
+    found = [min(groups, m.num_channels) == m.num_channels // m.num_groups and m.affine for m in modules if isinstance(m, torch.nn.GroupNorm)]
+    assert all(found) and len(found) == (21 if groups else 0)
+    assert encoder(torch.randn(2, 3, 32, 32)).shape == (2, 64)
+
+
+@pytest.mark.parametrize("parts", ["lf/wl", "lf/l", "l/wl", "l/l", "f/wl", "lf/", "wl/wlf"])
+def test_parts_of_the_bottleneck(parts):
+    network = distill.random_network(0, "resnet20", 512, bottleneck=parts)
+    first, last = parts.split("/")
+    vectors = network.project(torch.randn(8, 64))
+    logits = network.logits(vectors)
+    assert vectors.shape == (8, 256 if "l" in first else 2048) and logits.shape == (8, 512 if "l" in last else vectors.shape[1])
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(8)) == ("f" in first) and torch.allclose(logits.norm(dim=1), torch.ones(8)) == (last in ("wlf", ""))
+    if "l" in last and "f" not in last:
+        assert torch.allclose(logits, vectors @ (F.normalize(network.last.weight, dim=1) if "w" in last else network.last.weight).T, atol=1e-6)
 
 
 @pytest.mark.parametrize("arch", ["vgg11", "resnet18"])
@@ -122,10 +169,11 @@ def test_initialisation():
 def test_logits_are_cosines_and_raw_rows_shrink_them():
     images = torch.randn(8, 3, 16, 16)
     autocast, _ = distill.amp_tools("off", torch.device("cpu"))
-    network, raw = (distill.random_network(0, "resnet20", 4096, 16, raw_rows) for raw_rows in (False, True))
+    network, raw = (distill.random_network(0, "resnet20", 4096, 16, bottleneck=parts) for parts in ("lf/wl", "lf/l"))
     z = network.bottleneck(images, autocast)
-    assert torch.allclose(z.norm(dim=1), torch.ones(8)) and torch.allclose(network.rows().norm(dim=1), torch.ones(4096))
-    ratio = (z @ raw.rows().T).std() / (z @ network.rows().T).std()
+    rows = F.normalize(network.last.weight, dim=1)
+    assert torch.allclose(z.norm(dim=1), torch.ones(8)) and torch.allclose(network.logits(z), z @ rows.T, atol=1e-6)
+    ratio = raw.logits(z).std() / network.logits(z).std()
     assert ratio.item() == pytest.approx(0.02 * math.sqrt(256), rel=0.02)
 
 
@@ -310,9 +358,9 @@ def test_training_lowers_the_kl_and_leaves_the_teacher_alone(folder, here, devic
 
 
 def test_raw_rows_shrink_the_kl_by_the_square_of_the_row_norm(folder, here):
-    cosines, raw = (run(folder, "--steps", 1, "--amp", "off", *extra, out=f"runs/{len(extra)}") for extra in ([], ["--raw-rows"]))
+    cosines, raw = (run(folder, "--steps", 1, "--amp", "off", *extra, out=f"runs/{len(extra)}") for extra in ([], ["--bottleneck", "lf/l"]))
     ratio = raw["log"][1]["kl"] / cosines["log"][1]["kl"]
-    assert ratio == pytest.approx(0.02**2 * 256, rel=0.3) and raw["config"]["raw_rows"]
+    assert ratio == pytest.approx(0.02**2 * 256, rel=0.3) and raw["config"]["bottleneck"] == "lf/l"
 
 
 def test_at_eps_0_without_batch_norm_the_student_stays_exactly_put(folder, here, capsys):
@@ -320,7 +368,7 @@ def test_at_eps_0_without_batch_norm_the_student_stays_exactly_put(folder, here,
     still = run(folder, *common)
     assert [row["kl"] for row in still["log"][1:]] == [0] * 3 and still["log"][-1]["distance"] == 0
     assert same(still["student"], still["teacher"]) and capsys.readouterr().out.count("take --init-eps 1e-10") == 1
-    pushed = run(folder, *common, "--kl", "log-softmax", out="runs/b")
+    pushed = run(folder, *common, "--loss", "kl-log-softmax", out="runs/b")
     assert pushed["log"][-1]["distance"] > 0 and "take --init-eps" not in capsys.readouterr().out
 
 
@@ -331,7 +379,7 @@ def test_the_fixed_point_is_unstable_under_adam():
     teacher, student = (distill.random_network(0, "vgg11", 1024) for _ in range(2))
     autocast, _ = distill.amp_tools("off", torch.device("cpu"))
     with torch.no_grad():
-        target = teacher.bottleneck(images, autocast) @ teacher.rows().T
+        target = teacher.logits(teacher.bottleneck(images, autocast))
     theta, theta_t = list(student.parameters()), list(teacher.parameters())
     torch.manual_seed(0)
     direction = [torch.randn_like(p) for p in theta]
@@ -340,7 +388,7 @@ def test_the_fixed_point_is_unstable_under_adam():
         with torch.no_grad():
             for p, q, v in zip(theta, theta_t, direction):
                 p.copy_(q + 0.01 * v / norm)
-        kl = distill.KLDivergence.apply(target, student.bottleneck(images, autocast) @ student.rows().T)
+        kl = distill.KLDivergence.apply(target, student.logits(student.bottleneck(images, autocast)))
         direction = [g / 0.01 for g in torch.autograd.grad(kl, theta)]
     curvature = distill.distance(direction, [0 * p for p in direction])
     print(f"largest curvature of the KL at the teacher: {curvature:.2f}")
@@ -492,12 +540,13 @@ def test_probe_table_json_and_figure(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.search(r"teacher resnet20 \(2 seeds\) .* ± ", done.stdout) and re.search(r"student s \(2 seeds\) .* ± .*\([+-]", done.stdout)
     summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert set(summary) == {"raw", "teacher", "students"} and set(summary["students"]) == {"s-seed0", "s-seed1"}
+    names = ["raw pixels", "teacher of runs/s-seed0", "student runs/s-seed0", "teacher of runs/s-seed1", "student runs/s-seed1"]
+    assert list(summary) == names and all(summary[name].items() >= {"train_images": 60, "test_images": 24, "amp": "off"}.items() for name in names)
     with open(tmp_path / "runs/s-seed1/log.csv", newline="") as file:
         last = list(csv.DictReader(file))[-1]
     for name in ("linear_paper", "linear_converged", "knn"):  # the run's own last probe, computed anew from the checkpoint
-        assert summary["students"]["s-seed1"][name] == pytest.approx(float(last[name]), abs=1e-3)
-    assert json.loads((tmp_path / f"runs/s-seed0/probe-{folder.name}.json").read_text())["raw"]["knn"] == pytest.approx(summary["raw"]["knn"], abs=1e-3)
+        assert summary["student runs/s-seed1"][name] == pytest.approx(float(last[name]), abs=1e-3)
+    assert json.loads((tmp_path / f"runs/s-seed0/probe-{folder.name}.json").read_text())["raw"]["knn"] == summary["raw pixels"]["knn"]
     assert Image.open(tmp_path / "out/f.png").size[0] > 1000
 
 
@@ -907,7 +956,7 @@ def test_anchors_have_their_own_loss_exactly(folder, pair, here, encoder_only):
     data, cpu = distill.load_data(str(folder), 16), torch.device("cpu")
     images, _ = landscape.subset(*landscape.subset(data.train_x, data.train_y, None, cpu), None, cpu)
     stats, autocast = distill.channel_stats(data.train_x), distill.amp_tools("off", cpu)[0]
-    head = lambda network, x: (network.embed(x, autocast) if encoder_only else network.bottleneck(x, autocast) @ network.rows().T)
+    head = lambda network, x: (network.embed(x, autocast) if encoder_only else network.logits(network.bottleneck(x, autocast)))
     teacher.eval()
     assert [str(name) for name in arrays["anchors"]] == ["θ_T", "θ*_S(0)", "θ*_S(1)"] and len(images) == 60
     for network, kl in zip((copy.deepcopy(teacher), near, far), arrays["kl"]):  # students in train mode, as --bn batch is
@@ -1107,9 +1156,11 @@ def test_landscape_refuses_bad_input(folder, pair, here):
     problem(landscape.main, "plane", pair / "near", says=["no plane"])  # at ε = 0 the student starts at its teacher
     problem(landscape.main, "plane", pair / "near", pair / "near", says=["no plane"])
     for options, says in ((["--seed", 1], ["different teachers", "--seed", "0 and 1"]), (["--out-dim", 32], ["--out-dim 64", "32"]),
-                          (["--arch", "resnet56"], ["--arch resnet20", "resnet56"]), (["--raw-rows"], ["--raw-rows False", "True"])):
-        run(folder, "--steps", 1, *options, out=f"other{options[-1]}")
-        problem(landscape.main, "plane", pair / "near", f"other{options[-1]}", says=says)
+                          (["--arch", "resnet56"], ["--arch resnet20", "resnet56"]), (["--norm", "none"], ["--norm batch", "none"]),
+                          (["--bottleneck", "lf/l"], ["--bottleneck lf/wl", "lf/l"])):
+        out = f"other{options[-1]}".replace("/", "-")
+        run(folder, "--steps", 1, *options, out=out)
+        problem(landscape.main, "plane", pair / "near", out, says=says)
     one_line(cli("landscape.py", "plane", pair / "near", "other1"), "different teachers")
     problem(landscape.main, "plane", pair / "near", "nowhere", says=["no checkpoint at nowhere"])
     problem(landscape.main, "plane", pair / "near", pair / "far", "--dataset", "noise", says=["no labels"])
@@ -1248,9 +1299,9 @@ def test_quick_as_a_user_runs_it(tmp_path):
     done = quick()
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs/quick/summary.json").read_text())
-    assert set(summary) == {"raw", "teacher", "students"} and set(summary["students"]) == {"eps0", "epsinf", "noise"}
-    for scores in (summary["raw"], summary["teacher"], *summary["students"].values()):
-        assert set(scores) == {"linear_paper", "linear_converged", "knn"} and all(0 < s < 100 for s in scores.values())
+    assert list(summary) == ["raw pixels", "teacher of runs/quick/eps0", *(f"student runs/quick/{name}" for name in ("eps0", "epsinf", "noise"))]
+    for scores in summary.values():
+        assert all(0 < scores[probe] < 100 for probe in ("linear_paper", "linear_converged", "knn"))
     assert (tmp_path / "figures/quick.png").stat().st_size > 10_000 and not (tmp_path / ".venv").exists()
     for picture in ("tickets", "plane", "connect"):
         assert (tmp_path / f"figures/quick_{picture}.png").stat().st_size > 10_000
