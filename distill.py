@@ -583,6 +583,19 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path, result):
+    """Write a dict, a key a line or so, for people and for scripts."""
+    write_atomically(path, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
+
+
+def read_json(path):
+    """The dict in a file that write_json wrote. Raises Problem."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise Problem(f"{path} is truncated or not ours ({type(error).__name__}): delete it and make it again") from None
+
+
 def write_csv(path, columns, rows):
     """Write a list of dicts as a table with these columns; what a row lacks stays empty."""
     text = io.StringIO(newline="")
@@ -760,8 +773,8 @@ def main(argv=None):
     args.amp = config["amp"] = pick_amp(config["amp"], device, args.arch, args.norm)
 
     # Data: the student sees `images` alone; labels are for the probes
-    load = lambda name: load_data(name, args.image_size, args.data_dir, args.mirror)
-    data = load(args.dataset)
+    load = lambda name, n=None: load_data(name, args.image_size, args.data_dir, args.mirror, n)
+    data = load(args.dataset, args.n_samples)
     probe_data = (load(args.probe_dataset) if args.probe_dataset else data).to(device)
     images = data.train_x[stratified_subset(data.train_y, args.n_samples) if args.n_samples else slice(None)].to(device)
     stats, n = channel_stats(images), len(images)
@@ -832,6 +845,11 @@ def main(argv=None):
           + "".join(f"{title:>20}" for title in PROBES.values()), flush=True)
     teacher_probes = evaluate(teacher.encoder, probe_data)
     print(f"{'teacher':>7}{'':49}" + scores(teacher_probes), flush=True)
+    made = provenance()
+    if checkpoint and (args.out / "run.json").exists():  # a run that went on elsewhere says so
+        before = read_json(args.out / "run.json")["made"]
+        made = {key: was if value in was.split(", then ") else f"{was}, then {value}" for (key, value), was in zip(made.items(), before.values())}
+    write_json(args.out / "run.json", {**config, "n_images": n, "total_steps": steps, "teacher_probes": teacher_probes, "made": made})
     if step == 0:  # at ε=0 the student's encoder is still the teacher's
         log_row(math.nan, 0, teacher_probes if args.init_eps == 0 else evaluate(student.encoder, probe_data))
 

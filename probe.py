@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from distill import (ARCHS, DATASETS, Problem, amp_tools, at_least, channel_stats, fingerprint, load_checkpoint, load_data,
-                     normalise, pick_device, provenance, random_network, run_cli, write_atomically)
+                     normalise, pick_device, provenance, random_network, read_json, run_cli, write_json)
 
 PROBES = {"linear_paper": "linear (paper)", "linear_converged": "linear (converged)", "knn": "k-NN"}
 
@@ -132,18 +132,6 @@ def evaluate(encoder, data, amp="off"):
 
 
 # ---- Tables and the picture ------------------------------------------------------------------------------------------
-
-def write_json(path, result):
-    write_atomically(path, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
-
-
-def read_json(path):
-    """The dict in a file that this script or distill.py wrote. Raises Problem."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise Problem(f"{path} is truncated or not ours ({type(error).__name__}): delete it and make it again") from None
-
 
 def common_data(configs, dataset):
     """(data set, image size) to probe runs with these configs on: `dataset`, or what all of them used. Raises Problem."""

@@ -22,7 +22,7 @@ from torch import nn
 
 from distill import (ARCHS, FORMATS, MAY_CHANGE, Problem, amp_tools, at_least, augment, channel_stats, classifier, classify,
                      fingerprint, learning_rate, load_checkpoint, load_data, make_parser, open_run, pick_amp, pick_device,
-                     run_cli, stratified_subset, test_accuracy, train, write_atomically, write_csv)
+                     run_cli, stratified_subset, test_accuracy, train, write_atomically, write_csv, write_json)
 
 
 # ---- Masks -----------------------------------------------------------------------------------------------------------
@@ -333,7 +333,7 @@ def main(argv=None):
             save()
             saved = time.time()
             show(log[-1])
-        write_atomically(out / "config.json", lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
+        write_json(out / "config.json", config)
         write_csv(out / "log.csv", LOG_COLUMNS, log)
         if prunings >= args.rounds:
             return print(f"{out}: all {args.rounds} rounds are done")

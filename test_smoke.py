@@ -1287,7 +1287,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(folder, here):
     before = Path("runs/a/last.pt").read_bytes()
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     one_line(cli("distill.py", *SMALL, "--dataset", folder, "--out", "runs/a", "--steps", 2, "--resume", preexec_fn=limit), "last.pt", "disk")
-    assert Path("runs/a/last.pt").read_bytes() == before and sorted(os.listdir("runs/a")) == ["last.pt", "log.csv"]
+    assert Path("runs/a/last.pt").read_bytes() == before and sorted(os.listdir("runs/a")) == ["last.pt", "log.csv", "run.json"]
 
 
 def test_quick_as_a_user_runs_it(tmp_path):
