@@ -17,9 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision import transforms
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
@@ -151,6 +153,10 @@ class Network(nn.Module):
     def logits(self, vectors):
         """(B, 256) vectors -> (B, m) logits."""
         return self.half(1, self.last, vectors)
+
+    def forward(self, images, autocast):
+        """(B, 3, s, s) normalised images -> (B, m) float32 logits."""
+        return self.logits(self.bottleneck(images, autocast))
 
 
 SHAPE = ("arch", "out_dim", "image_size", "norm", "bottleneck")  # the settings that shape a Network, in its order
@@ -393,7 +399,8 @@ def dead_leaves(n_train=1000, n_test=200, n_leaves=50, size=32):
 def channel_stats(images):
     """Mean and standard deviation of uint8 images (n, 3, s, s) by channel, each (1, 3, 1, 1) float32 in 0..255."""
     levels = torch.arange(256, dtype=torch.float64)
-    counts = torch.stack([torch.bincount(images[:, c].reshape(-1), minlength=256) for c in range(3)]).double().cpu()
+    count = lambda block: torch.stack([torch.bincount(block[:, c].reshape(-1), minlength=256) for c in range(3)])
+    counts = sum(map(count, images.split(10_000))).double().cpu()  # in blocks: bincount takes 8 bytes a pixel
     mean = counts @ levels / counts.sum(1)
     std = (counts @ levels**2 / counts.sum(1) - mean**2).clamp(min=1e-6).sqrt()
     return tuple(stat.float().view(1, 3, 1, 1).to(images.device) for stat in (mean, std))
@@ -480,6 +487,16 @@ def train(batch_loss, n, optimizer, scaler, *, steps, batch_size, seed, start=0)
         scaler.step(optimizer)
         scaler.update()
         yield step + 1, loss.detach()
+
+
+def join_processes(device):
+    """(rank, number of processes): joins those that torchrun started, one a GPU or CPU; (0, 1) without torchrun."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from here on "cuda" is this process's GPU
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))  # the others wait for probes
+    return dist.get_rank(), dist.get_world_size()
 
 
 def pick_device(name):
@@ -638,6 +655,15 @@ def load_networks(path):
     return *networks, checkpoint["config"]
 
 
+def student_of(path, config):
+    """The student of another run, for --teacher (Fig. 18). Raises Problem if its shape is not that of `config`."""
+    _, student, other = load_networks(path)
+    for key in SHAPE:
+        if other[key] != config[key]:
+            raise Problem(f"--teacher {path} has --{key.replace('_', '-')} {other[key]}, not {config[key]}: give both the same")
+    return student.eval()  # with the batch-norm statistics of its training
+
+
 def load_checkpoint(path, device="cpu"):
     """(teacher encoder, student encoder, config dict) of a run directory or .pt file, in eval mode and frozen.
 
@@ -707,6 +733,7 @@ def parse_args(argv=None):
     add("--norm", "what normalises a ResNet's activations (Fig. 11)", "batch", choices=NORMS)
     add("--bottleneck", "parts of the projector's two last layers that are on: w, rows of unit length; l, the linear layer; f, "
         "output of unit length (Fig. 12). lf/l is the released code: the KL is 10 times smaller", "lf/wl", type=bottleneck_parts)
+    add("--teacher", "run directory whose student is the teacher, instead of a random network: a second round (Fig. 18)", metavar="RUN")
     add("--teacher-mode", "train: the teacher's batch norms use each batch's statistics", "eval", choices=("eval", "train"))
     add("--live-teacher", "run the teacher at every step instead of once: the same result, slower", False, action="store_true")
     add("--loss", "kl-log-softmax is the KL computed the usual way, off by several per cent at 1e-6 nats; mse is that of the "
@@ -733,6 +760,10 @@ def parse_args(argv=None):
         parser.error("--seed must be below 2**62")
     if args.arch.startswith("vgg") and args.image_size < 32:
         parser.error("VGG halves the image five times: --image-size must be at least 32")
+    if args.arch.startswith("vit") and args.image_size % (patch := 8 if args.arch.endswith("-p8") else 16):
+        parser.error(f"--image-size must be a multiple of the patch size, {patch}")
+    if args.norm != "batch" and not args.arch.startswith("resnet"):
+        parser.error("--norm is for ResNets: VGG has no norm, and a ViT has its own")
     args.out = args.out or Path(f"runs/{Path(args.dataset).name}-{args.arch}-eps{args.init_eps:g}-seed{args.seed}")
     return args
 
@@ -768,14 +799,23 @@ def main(argv=None):
     from probe import PROBES, evaluate  # here, because probe.py imports this file
     args = parse_args(argv)
     device = pick_device(args.device)
+    rank, processes = join_processes(device)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all, and saves and probes
     config, path = {**vars(args), "out": str(args.out)}, args.out / "last.pt"
     checkpoint = open_run(args.out, config)
     args.amp = config["amp"] = pick_amp(config["amp"], device, args.arch, args.norm)
+    if checkpoint and checkpoint["step"] == checkpoint["steps"] and all(checkpoint["config"][key] == config[key] for key in ("epochs", "steps")):
+        return print(f"{args.out}: all {checkpoint['steps']:,} steps are done")
 
     # Data: the student sees `images` alone; labels are for the probes
     load = lambda name, n=None: load_data(name, args.image_size, args.data_dir, args.mirror, n)
+    if rank > 0:
+        dist.barrier()  # until the first process has downloaded and decoded
     data = load(args.dataset, args.n_samples)
     probe_data = (load(args.probe_dataset) if args.probe_dataset else data).to(device)
+    if rank == 0 and processes > 1:
+        dist.barrier()
     images = data.train_x[stratified_subset(data.train_y, args.n_samples) if args.n_samples else slice(None)].to(device)
     stats, n = channel_stats(images), len(images)
     per_epoch = math.ceil(n / args.batch_size)
@@ -783,18 +823,22 @@ def main(argv=None):
     step, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
     if step >= steps:
         return print(f"{args.out}: all {steps:,} steps are done")
+    if (n % args.batch_size or args.batch_size) < processes:
+        raise Problem(f"an epoch's last batch has {n % args.batch_size or args.batch_size} images for {processes} processes: take "
+                      f"another --batch-size")
     log_every, eval_every = args.log_every or min(per_epoch, 100), args.eval_every or max(1, steps // 10)
 
     # Teacher and student. The teacher is in eval mode: its batch norms use their initial statistics, mean 0 and variance 1,
     # while the student's use each batch's own. So with batch norm the two differ even at ε=0. (Seeds: teachers are even.)
     shape = [config[key] for key in SHAPE]
-    teacher = random_network(2 * args.seed, *shape)
+    teacher = student_of(args.teacher, config) if args.teacher else random_network(2 * args.seed, *shape)
     student = init_student(teacher, random_network(2 * args.seed + 1, *shape), args.init_eps)
     teacher.requires_grad_(False).train(args.teacher_mode == "train").to(device)
     for module in teacher.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.0  # even in train mode it keeps its initial statistics for the probes: the teacher is frozen
     student.train().to(device)
+    model = DistributedDataParallel(student) if processes > 1 else student  # averages the processes' gradients
     theta = list(student.parameters())
     theta_0 = [p.detach().clone() for p in theta]
     optimizer = (torch.optim.AdamW(theta, lr=args.lr, weight_decay=0, fused=True) if args.optimizer == "adamw" else
@@ -815,18 +859,32 @@ def main(argv=None):
             table = torch.cat([teacher.bottleneck(normalise(x, stats), full_precision) for x in images.split(args.batch_size)])
 
     def batch_loss(index):
-        """Indices (B,) of images -> the KL of the student from the teacher."""
-        x = normalise(images[index], stats)
+        """Indices (B,) of images -> the KL of the student from the teacher.
+
+        With several processes each takes its share of the batch, and the mean of what they return is the KL of the batch.
+        """
+        share = index.tensor_split(processes)[rank]
+        x = normalise(images[share], stats)
         with torch.no_grad():
-            target = table[index] if table is not None else teacher.bottleneck(x, full_precision)
+            target = table[share] if table is not None else teacher.bottleneck(x, full_precision)
             teacher_logits = teacher.logits(target)
-        return LOSSES[args.loss](teacher_logits, student.logits(student.bottleneck(x, autocast)))
+        return LOSSES[args.loss](teacher_logits, model(x, autocast)) * (len(share) * processes / len(index))
 
     def save():
-        write_atomically(path, lambda file: torch.save({
-            "format": FORMATS["distill.py"], "config": config, "teacher": teacher.state_dict(), "student": student.state_dict(),
-            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
-            "step": step, "log": log}, file))
+        if rank == 0:
+            write_atomically(path, lambda file: torch.save({
+                "format": FORMATS["distill.py"], "config": config, "teacher": teacher.state_dict(), "student": student.state_dict(),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
+                "step": step, "steps": steps, "log": log}, file))
+
+    def probe(encoder):
+        return evaluate(encoder, probe_data) if rank == 0 else {}
+
+    def anyone(flag):
+        """Whether `flag` is true in any process: all of them must stop after the same step."""
+        flag = torch.tensor(float(bool(flag)), device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
     scores = lambda probes: "".join(f"{probes[probe]:20.2f}" for probe in PROBES if probes)
 
@@ -834,24 +892,24 @@ def main(argv=None):
         """One line on the screen and in log.csv: mean KL and images/s since the last line, and any probes (%)."""
         log.append({"step": step, "epoch": step / per_epoch, "kl": kl, "distance": distance(theta, theta_0),
                     "images_per_s": speed, **probes})
-        write_csv(args.out / "log.csv", LOG_COLUMNS, log)
+        if rank == 0:
+            write_csv(args.out / "log.csv", LOG_COLUMNS, log)
         eta = timedelta(seconds=round((steps - step) * args.batch_size / speed)) if speed else ""
         print(f"{step:7d} {step / per_epoch:7.1f} {kl:10.3e} {log[-1]['distance']:9.3f} {speed:9.0f} {eta!s:>9}" + scores(probes),
               flush=True)
 
     print(f"{args.arch} on {args.dataset}: {n:,} images, {steps:,} steps of {args.batch_size}, m={args.out_dim:,}, "
-          f"ε={args.init_eps:g}, seed {args.seed}, {device.type}, amp {args.amp} -> {args.out}")
-    print(f"{'step':>7} {'epoch':>7} {'KL (nats)':>10} {'from init':>9} {'images/s':>9} {'ETA':>9}"
+          f"ε={args.init_eps:g}, seed {args.seed}, {device.type}{f' x {processes}' if processes > 1 else ''}, amp {args.amp} -> {args.out}")
+    print(f"{'step':>7} {'epoch':>7} {'MSE' if args.loss == 'mse' else 'KL (nats)':>10} {'from init':>9} {'images/s':>9} {'ETA':>9}"
           + "".join(f"{title:>20}" for title in PROBES.values()), flush=True)
-    teacher_probes = evaluate(teacher.encoder, probe_data)
+    before = read_json(args.out / "run.json") if checkpoint and (args.out / "run.json").exists() else {}
+    teacher_probes = before.get("teacher_probes") or probe(teacher.encoder)
     print(f"{'teacher':>7}{'':49}" + scores(teacher_probes), flush=True)
-    made = provenance()
-    if checkpoint and (args.out / "run.json").exists():  # a run that went on elsewhere says so
-        before = read_json(args.out / "run.json")["made"]
-        made = {key: was if value in was.split(", then ") else f"{was}, then {value}" for (key, value), was in zip(made.items(), before.values())}
-    write_json(args.out / "run.json", {**config, "n_images": n, "total_steps": steps, "teacher_probes": teacher_probes, "made": made})
+    made = [*before.get("made", []), {**provenance(), "processes": processes, "from_step": step}]  # it may go on elsewhere
+    if rank == 0:
+        write_json(args.out / "run.json", {**config, "n_images": n, "total_steps": steps, "teacher_probes": teacher_probes, "made": made})
     if step == 0:  # at ε=0 the student's encoder is still the teacher's
-        log_row(math.nan, 0, teacher_probes if args.init_eps == 0 else evaluate(student.encoder, probe_data))
+        log_row(math.nan, 0, teacher_probes if args.init_eps == 0 else probe(student.encoder))
 
     # Train, and between the steps log, probe and save
     interrupted = []
@@ -864,32 +922,38 @@ def main(argv=None):
         if device.type == "cpu" and step == first + 5 and (hours := (steps - step) * (time.time() - started) / 5 / 3600) > 1:
             print(f"this CPU needs about {hours:.0f} hours for {steps:,} steps; going on, but `bash run_all.sh quick` shows the "
                   f"effect in minutes", flush=True)
-        probing = step == steps or step % eval_every == 0 and not interrupted
-        if not (probing or interrupted or step % log_every == 0):
+        probing, logging = step == steps or step % eval_every == 0, step % log_every == 0
+        stopping = interrupted if processes == 1 else (probing or logging) and anyone(interrupted)
+        if not (probing or logging or stopping):
             continue
-        losses = torch.stack(losses).tolist()
+        losses = torch.stack(losses)
+        if processes > 1:
+            dist.all_reduce(losses)
+        losses, probing = (losses / processes).tolist(), probing and (step == steps or not stopping)
         for i, value in enumerate(losses + [distance(theta, theta_0)], step - len(losses) + 1):
             if not math.isfinite(value):  # the distance stands for the next step's loss
                 raise Problem(f"the loss became {value} at step {i}: lower --lr or take --amp off; what {args.out} held is kept")
         speed = len(losses) * args.batch_size / (time.time() - clock)
         if probing:
             save()  # a probe can take longer than its steps, and fail
-        log_row(sum(losses) / len(losses), speed, evaluate(student.encoder, probe_data) if probing else {})
+        log_row(sum(losses) / len(losses), speed, probe(student.encoder) if probing else {})
         if log[-1]["kl"] == log[-1]["distance"] == 0 and len(log) == 2:
             print("the student has not moved: without batch norm ε=0 is a fixed point, and here nothing rounds it away "
                   "(README, \"The fixed point\"); take --init-eps 1e-10", flush=True)
-        if probing or interrupted or time.time() - saved > 600:
+        if probing or stopping or time.time() - saved > 600:
             save()
             saved = time.time()
-        if interrupted and step < steps:
+        if stopping and step < steps:
             print(f"stopped after step {step:,}; the same command with --resume goes on from here")
-            sys.exit(128 + interrupted[0])
+            sys.exit(128 + (interrupted or [signal.SIGTERM])[0])
         losses, clock = [], time.time()
-    for probe, title in PROBES.items():
-        before, after = teacher_probes[probe], log[-1][probe]
-        best = max((row for row in log if probe in row), key=lambda row: row[probe])
+    if processes > 1:
+        dist.destroy_process_group()
+    for name, title in PROBES.items() if rank == 0 else ():
+        before, after = teacher_probes[name], log[-1][name]
+        best = max((row for row in log if name in row), key=lambda row: row[name])
         print(f"{title:>20}: teacher {before:.2f} -> student {after:.2f} ({after - before:+.2f}); "
-              f"best {best[probe]:.2f} at step {best['step']:,}")
+              f"best {best[name]:.2f} at step {best['step']:,}")
 
 
 def run_cli(main):
