@@ -9,7 +9,7 @@
 Three probes, because they disagree, and the disagreement teaches something (README): the paper's ten-epoch linear probe,
 the same linear probe standardised and trained to convergence, and k nearest neighbours.
 """
-import argparse, csv, json, os, re, statistics
+import argparse, csv, os, re, statistics
 from pathlib import Path
 
 import torch

@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
 # Everything, in order.
 #
-#   bash run_all.sh quick    the paper's central effects on a CPU: three students, their features, a ticket, their
-#                            landscape (minutes)
-#   bash run_all.sh test     the tests
+#   bash run_all.sh            the whole paper on the GPUs of this machine (two weeks of one); ends with results/REPORT.md
+#   bash run_all.sh list       its jobs, one command a line, in stages 1 and 2; `list 1` and `list 2`: those of one stage
+#   bash run_all.sh report     every table and figure, from whatever is under runs/
+#   bash run_all.sh quick      the central effects on a CPU, without a download: students, a ticket, a landscape (minutes)
+#   bash run_all.sh mini       Fig. 3 and the transfer of Table 2 at a CPU's size (hours); `list mini`: its jobs
+#   bash run_all.sh test       the tests
 #
-# Either makes .venv and installs requirements.txt first, unless the active Python has the packages already.
+# All but `list` make .venv and install requirements.txt first, unless the active Python has the packages already.
 # Arguments after `quick` go to distill.py: bash run_all.sh quick --seed 1 --steps 1000
+# The whole paper and mini listen to these variables:
+#   SEEDS="0 1 2"              fewer seeds, fewer jobs (pruning curves then use those, too, not five)
+#   JOBS=N                     so many jobs at once (default: one a GPU)
+#   CIFAR10=FOLDER, TINYIMAGENET=FOLDER    images in a folder in place of the download
+#   TOY=FOLDER                 a rehearsal: every job for two steps on the few images of this folder
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -42,6 +50,7 @@ quick() {  # --resume: what is done is skipped, what was interrupted goes on
     if [ -n "$probed" ] && [ -e figures/quick.png ]; then
         cat runs/quick/table.txt
     else
+        rm -f runs/quick/summary.json
         $PY probe.py runs/quick/eps0 runs/quick/epsinf runs/quick/noise --dataset leaves \
             --json runs/quick/summary.json --figure figures/quick.png | tee runs/quick/table.txt
     fi
@@ -61,8 +70,192 @@ quick() {  # --resume: what is done is skipped, what was interrupted goes on
     echo "the pictures: figures/quick*.png"
 }
 
-case "${1:-}" in
-    quick) environment; quick "${@:2}" ;;
-    test)  environment; "$PY" -m pytest -q test_smoke.py "${@:2}" ;;
-    *)     sed -n '3,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+# ---- The jobs of the whole paper: a self-contained command a line; the names of their directories are what `report` reads
+
+OUT=runs/paper
+[ -n "${SEEDS:-}" ] && MORE_SEEDS= || { SEEDS="0 1 2" MORE_SEEDS="3 4"; }  # Fig. 8 has five checkpoints
+CIFAR10=${CIFAR10:-cifar10} TINYIMAGENET=${TINYIMAGENET:-tinyimagenet}
+VIT="vit-tiny vit-small vit-medium vit-base"
+ARCHS="vgg11 vgg13 vgg16 vgg19 resnet20 resnet56 resnet18 resnet34 resnet50 $VIT"
+
+minutes() {  # ARCH, thousands of images it trains on -> minutes at 20 TFLOP/s, or at 10 ms a batch of 256 if that is more
+    local encoder=30  # million multiply-adds an image
+    case $1 in
+        vgg11) encoder=153;; vgg13) encoder=229;; vgg16) encoder=314;; vgg19) encoder=399;; resnet20) encoder=41;;
+        resnet56) encoder=126;; resnet18) encoder=556;; resnet34) encoder=1160;; resnet50) encoder=1300;;
+        vit-small) encoder=105;; vit-medium) encoder=185;; vit-base) encoder=420;;
+    esac
+    local work=$(((encoder * 6 + 170) * $2 / 20000)) wait=$(($2 * 10 / 256))  # seconds; 170: the projector, both networks' logits
+    echo $(((work > wait ? work : wait) / 60 + 1))
+}
+
+job() { echo "$2  # stage $1, $3 min"; }  # STAGE, COMMAND, minutes
+
+near() { case "$1" in resnet*) echo 0;; *) echo 1e-10;; esac; }  # without batch norm ε = 0 is a fixed point
+
+distil() {  # NAME, ARCH, thousands of images, OPTIONS: a job for each seed
+    for seed in $SEEDS; do
+        job "${STAGE:-1}" "python distill.py --resume --arch $2 --seed $seed $4 --out $OUT/$1-seed$seed" $(($(minutes "$2" "$3") + 3))
+    done
+}
+
+images_of() { case "$1" in cifar10) echo "$CIFAR10";; tinyimagenet) echo "$TINYIMAGENET";; *) echo "$1";; esac; }
+
+runs_of() { for seed in $SEEDS; do printf ' %s' "$OUT/$1-seed$seed"; done; }
+
+paper() {
+    local arch dataset eps m n seed run images
+    local probe="python probe.py --resume" count; count=$(wc -w <<<"$SEEDS")
+
+    # Tables 1, 3 and 5: raw pixels and random teachers; ViTs with patches of 8 pixels, too
+    job 1 "$probe --teacher $ARCHS ${VIT// /-p8 }-p8 --seeds $count --dataset $CIFAR10 --json $OUT/teachers-cifar10.json" $((12 * count))
+    for dataset in cifar100 stl10 tinyimagenet; do
+        job 1 "$probe --teacher resnet18 vgg11 --seeds $count --dataset $(images_of $dataset) --json $OUT/teachers-$dataset.json" $((4 * count))
+    done
+    # Tables 1, 3 and 5: students
+    for arch in $ARCHS; do distil "cifar10-$arch" "$arch" 5000 "--dataset $CIFAR10 --init-eps $(near "$arch")"; done
+    for arch in resnet18 vgg11; do
+        distil "cifar100-$arch" $arch 5000 "--dataset cifar100 --init-eps $(near $arch)"
+        distil "stl10-$arch" $arch 500 "--dataset stl10 --init-eps $(near $arch)"
+        distil "tinyimagenet-$arch" $arch 10000 "--dataset $TINYIMAGENET --init-eps $(near $arch)"
+    done
+    SEEDS=$MORE_SEEDS distil cifar10-resnet18 resnet18 5000 "--dataset $CIFAR10 --init-eps 0"
+    # Fig. 1 and 3: 150 epochs, from the teacher (α = 0) to an independent start (α = 1)
+    for arch in resnet18 vgg11; do for eps in $(near $arch) 0.1 0.5 1.5 4 inf; do
+        distil "fig3-$arch-eps$eps" $arch 7500 "--dataset $CIFAR10 --epochs 150 --init-eps $eps"
+    done; done
+    # Fig. 4: n images, always as many steps as 100 epochs of 50,000 have; beyond 50,000 with CIFAR-5M; Gaussian noise
+    for n in 500 1000 2000 5000 10000 15000 50000 100000 200000 750000 1000000 5000000; do
+        [ $n -le 50000 ] && images="$CIFAR10" || images="cifar5m --probe-dataset $CIFAR10"
+        distil "fig4-n$n" vgg11 5000 "--dataset $images --n-samples $n --epochs 10000 --steps 19600 --init-eps 1e-10"
+    done
+    for n in 500 5000 50000 150000; do
+        distil "fig4-noise$n" vgg11 5000 "--dataset noise --probe-dataset $CIFAR10 --n-samples $n --epochs 10000 --steps 19600 --init-eps 1e-10"
+    done
+    # Fig. 5, 13 to 17: the released code's last layer, whose rows are not normalised
+    for eps in 1e-10 inf; do distil "raw-vgg11-eps$eps" vgg11 5000 "--dataset $CIFAR10 --bottleneck lf/l --init-eps $eps"; done
+    distil raw-resnet18-eps0 resnet18 5000 "--dataset $CIFAR10 --bottleneck lf/l --init-eps 0"
+    # Fig. 10 (m = 65,536 is the student of Table 1), 11 and 12, and other losses and optimisers
+    for m in 1 4 16 64 256 1024 4096 16384; do
+        distil "fig10-m$m" resnet18 5000 "--dataset $CIFAR10 --out-dim $m"
+    done
+    for norm in instance group layer none; do
+        distil "fig11-$norm" resnet18 5000 "--dataset $CIFAR10 --norm $norm --init-eps 1e-10"
+    done
+    for parts in lf/l l/wl l/l f/wl lf/; do
+        distil "fig12-${parts/\//-}" resnet18 5000 "--dataset $CIFAR10 --bottleneck $parts"
+    done
+    distil loss-mse resnet18 5000 "--dataset $CIFAR10 --loss mse"
+    distil optimizer-sgd resnet18 5000 "--dataset $CIFAR10 --optimizer sgd --lr 1"
+
+    # Stage 2 wants the students of stage 1. Tables 2 and 4: transfer
+    for arch in resnet18 vgg11; do for dataset in cifar10 cifar100 stl10; do
+        job 2 "$probe$(runs_of "tinyimagenet-$arch") --dataset $(images_of $dataset) --json $OUT/transfer-$dataset-$arch.json" $((4 * count))
+    done; done
+    # Fig. 8: 25 trainings of 160 epochs a curve. Fig. 9: ten copies and 20 lines
+    for seed in $SEEDS $MORE_SEEDS; do
+        run=$OUT/cifar10-resnet18-seed$seed
+        job 2 "python prune.py $run --dataset $CIFAR10 --resume" "$(minutes resnet18 200000)"
+        for epoch in 0 1 2 5; do
+            job 2 "python prune.py $run --dataset $CIFAR10 --init random --rewind-epoch $epoch --resume" "$(minutes resnet18 200000)"
+        done
+    done
+    for seed in $SEEDS; do
+        job 2 "python landscape.py connect $OUT/cifar10-resnet18-seed$seed --dataset $CIFAR10 --resume" "$(minutes resnet18 85000)"
+    done
+    # Fig. 5 and 13 to 16: planes, wide and around the teacher, of whole networks and of encoders
+    local near_run=$OUT/raw-vgg11-eps1e-10-seed0 far_run=$OUT/raw-vgg11-epsinf-seed0 around="--axes barycentric --x -0.2 0.2 --y -0.2 0.2"
+    plane() { job 2 "python landscape.py plane $2 --grid 41 --resume --out $OUT/$1.npz" 30; }
+    plane fig5-non-local "$far_run"
+    plane fig5-shared "$near_run $far_run"
+    plane fig13-encoder-non-local "$far_run --encoder-only"
+    plane fig14-encoder-non-local-zoom "$far_run --encoder-only $around"
+    plane fig15-encoder-shared "$near_run $far_run --encoder-only"
+    plane fig16-encoder-shared-zoom "$near_run $far_run --encoder-only $around"
+    # Fig. 18: a second round, with the student as teacher
+    for arch in resnet18 vgg11; do for seed in $SEEDS; do
+        STAGE=2 SEEDS=$seed distil "fig18-$arch" $arch 5000 "--dataset $CIFAR10 --init-eps $(near $arch) --teacher $OUT/cifar10-$arch-seed$seed"
+    done; done
+}
+
+mini() {  # what two CPU cores can do: minutes are theirs
+    local OUT=runs/mini eps seed student="python distill.py --resume --arch resnet20 --out-dim 1024 --batch-size 128 --steps 1600 --eval-every 1600"
+    for eps in 0 0.1 0.5 1.5 4 inf; do for seed in $SEEDS; do
+        job 1 "$student --dataset $CIFAR10 --n-samples 10000 --init-eps $eps --seed $seed --out $OUT/fig3-eps$eps-seed$seed" 4
+    done; done
+    for seed in $SEEDS; do
+        job 1 "$student --dataset $TINYIMAGENET --n-samples 20000 --probe-dataset $CIFAR10 --seed $seed --out $OUT/transfer-seed$seed" 4
+    done
+    job 1 "python distill.py --resume --arch resnet20 --dataset $CIFAR10 --out-dim 1024 --epochs 20 --out $OUT/resnet20-seed0" 20
+}
+
+list() {  # [1 | 2 | mini]
+    local jobs; case "${1:-}" in
+        "") jobs=$(paper);; 1 | 2) jobs=$(paper | grep "# stage $1,");; mini) jobs=$(mini);;
+        *) fail "list knows the stages 1 and 2, and mini" 2;;
+    esac
+    if [ -n "${TOY:-}" ]; then
+        local few="--batch-size 16 --device cpu" images="(cifar10|cifar100|stl10|tinyimagenet|cifar5m|$CIFAR10|$TINYIMAGENET)"
+        jobs=$(sed -E -e "s#--(probe-)?dataset $images( |\$)#--\1dataset $TOY #g" -e 's#runs/(paper|mini)#runs/toy-\1#g' \
+            -e "s#^(python distill.py)(.*)  \##\1 --out-dim 64\2 --n-samples 32 --steps 2 --eval-every 2 $few  \##" \
+            -e "s#^(python prune.py)(.*)  \##\1\2 --rounds 1 --epochs 6 $few  \##" \
+            -e "s#^(python landscape.py connect)(.*)  \##\1\2 --copies 2 --points 3 --epochs 1 $few  \##" \
+            -e "s#^(python landscape.py plane)(.*)  \##\1\2 --grid 3 --n-samples 32 --n-test 16  \##" <<<"$jobs")
+    fi
+    echo "$jobs"
+}
+
+run_job() {  # LINE: one job on one GPU, its output in a file; what fails is noted and the others go on
+    local line=$1 name log; name=$(sed -E 's/ +#.*//; s/.*(--out|--json) //; s/[^a-zA-Z0-9.-]+/_/g' <<<"$1" | cut -c1-150)
+    log=$LOGS/$name.log
+    if [ -n "$GPUS" ]; then
+        local gpus; IFS=, read -ra gpus <<<"$GPUS"
+        export CUDA_VISIBLE_DEVICES=${gpus[$((SLOT % ${#gpus[@]}))]}
+    fi
+    if bash -c "${line/#python/$PY}" >>"$log" 2>&1; then echo "done    $name"; else
+        echo "FAILED  $name: $(tail -n 1 "$log")"
+        echo "$line" >>"$LOGS/failed"
+    fi
+}
+
+run() {  # STAGES...: all their jobs, as many at once as there are GPUs
+    xargs --version >/dev/null 2>&1 || fail "this needs GNU xargs: put the lines of \`bash run_all.sh list\` through another tool"
+    export PY LOGS=runs/logs SLOT=0
+    GPUS=${CUDA_VISIBLE_DEVICES:-$("$PY" -c 'import torch; print(*range(torch.cuda.device_count()), sep=",")')}; export GPUS
+    local at_once; at_once=${JOBS:-$(tr ',' '\n' <<<"${GPUS:-cpu}" | wc -l)}
+    mkdir -p $LOGS; rm -f $LOGS/failed
+    for stage in "$@"; do
+        echo "$(list "$stage" | wc -l) jobs of stage $stage, $at_once at once; their output: $LOGS/"
+        list "$stage" | xargs -d '\n' -n 1 -P "$at_once" --process-slot-var=SLOT bash "$0" job
+    done
+}
+
+report() {
+    local paper=runs/paper figure=figures/report curves=() lines=()
+    [ -z "${TOY:-}" ] || paper=runs/toy-paper figure=runs/toy-paper/figures
+    for run in $paper/cifar10-resnet18-seed*/; do
+        compgen -G "$run*/config.json" >/dev/null && curves+=("$run"); [ -e "$run/connect/connect.npz" ] && lines+=("$run/connect/connect.npz")
+    done
+    [ ${#curves[@]} = 0 ] || "$PY" prune.py plot "${curves[@]}" --figure $figure/fig8.png
+    [ ${#lines[@]} = 0 ] || "$PY" landscape.py plot "${lines[@]}" --figure $figure/fig9.png
+    for plane in $paper/fig*.npz; do
+        [ ! -e "$plane" ] || "$PY" landscape.py plot "$plane" --figure "$figure/$(basename "$plane" .npz).png"
+    done
+    "$PY" probe.py report "$@"
+}
+
+finish() {  # the report, and what failed
+    report
+    [ ! -e runs/logs/failed ] || fail "$(wc -l <runs/logs/failed) jobs failed; run this again, or one by one: runs/logs/failed"
+}
+
+case "${1:-full}" in
+    full)   environment; run 1 2; finish ;;
+    list)   list "${2:-}" ;;
+    job)    run_job "$2" ;;
+    mini)   environment; run mini; finish ;;
+    report) environment; report "${@:2}" ;;
+    quick)  environment; quick "${@:2}" ;;
+    test)   environment; "$PY" -m pytest -q test_smoke.py "${@:2}" ;;
+    *)      sed -n '3,19s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
