@@ -8,9 +8,10 @@
 Method: "Random Teachers are Good Teachers", Sarnthein et al., ICML 2023, arXiv 2302.12091. This file, in the order the
 data flows: models, data, student initialisation, loss, the training loop, checkpoints, main.
 """
-import argparse, csv, hashlib, io, json, math, os, pickle, platform, re, shutil, signal, socket, subprocess, sys, time, warnings, zipfile
-from datetime import timedelta
+import argparse, csv, fcntl, hashlib, io, json, math, os, pickle, platform, re, shutil, signal, socket, subprocess, sys, time
+import warnings, zipfile
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -247,15 +248,18 @@ def stratified_subset(labels, n):
 @contextmanager
 def downloading(url, folder, size):
     """Say what is about to be downloaded, if `folder` is not there, and turn what may go wrong into one line."""
-    if not folder.exists():
-        print(f"downloading {url} ({size}) to {folder.parent}/; from a mirror: --mirror URL; without a download: --dataset leaves",
-              flush=True)
-    socket.setdefaulttimeout(60)  # a silent host is an error, not a wait for ever
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
-        raise Problem(f"cannot download {url} ({str(error).splitlines()[0]}): use --dataset leaves, a folder of images, or "
-                      f"--mirror URL of a directory that holds {url.rpartition('/')[2]}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / ".downloading", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of jobs that start together one downloads, and the others wait for it
+        if not folder.exists():
+            print(f"downloading {url} ({size}) to {folder.parent}/; from a mirror: --mirror URL; without a download: "
+                  f"--dataset leaves", flush=True)
+        socket.setdefaulttimeout(60)  # a silent host is an error, not a wait for ever
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+            raise Problem(f"cannot download {url} ({str(error).splitlines()[0]}): use --dataset leaves, a folder of images, or "
+                          f"--mirror URL of a directory that holds {url.rpartition('/')[2]}")
 
 
 def archive(name, data_dir, mirror):
@@ -490,11 +494,14 @@ def train(batch_loss, n, optimizer, scaler, *, steps, batch_size, seed, start=0)
 
 
 def join_processes(device):
-    """(rank, number of processes): joins those that torchrun started, one a GPU or CPU; (0, 1) without torchrun."""
-    if "WORLD_SIZE" not in os.environ:
+    """(rank, number of processes): joins those that torchrun started, one for each GPU; (0, 1) without torchrun."""
+    if not dist.is_torchelastic_launched():
         return 0, 1
+    local = int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from here on "cuda" is this process's GPU
+        if local >= torch.cuda.device_count():
+            raise Problem(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
+        torch.cuda.set_device(local)  # from here on "cuda" is this process's GPU
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))  # the others wait for probes
     return dist.get_rank(), dist.get_world_size()
 
@@ -733,7 +740,8 @@ def parse_args(argv=None):
     add("--norm", "what normalises a ResNet's activations (Fig. 11)", "batch", choices=NORMS)
     add("--bottleneck", "parts of the projector's two last layers that are on: w, rows of unit length; l, the linear layer; f, "
         "output of unit length (Fig. 12). lf/l is the released code: the KL is 10 times smaller", "lf/wl", type=bottleneck_parts)
-    add("--teacher", "run directory whose student is the teacher, instead of a random network: a second round (Fig. 18)", metavar="RUN")
+    add("--teacher", "run directory whose student is the teacher, in place of a random network: a second round (Fig. 18)",
+        metavar="RUN")
     add("--teacher-mode", "train: the teacher's batch norms use each batch's statistics", "eval", choices=("eval", "train"))
     add("--live-teacher", "run the teacher at every step instead of once: the same result, slower", False, action="store_true")
     add("--loss", "kl-log-softmax is the KL computed the usual way, off by several per cent at 1e-6 nats; mse is that of the "
@@ -805,7 +813,8 @@ def main(argv=None):
     config, path = {**vars(args), "out": str(args.out)}, args.out / "last.pt"
     checkpoint = open_run(args.out, config)
     args.amp = config["amp"] = pick_amp(config["amp"], device, args.arch, args.norm)
-    if checkpoint and checkpoint["step"] == checkpoint["steps"] and all(checkpoint["config"][key] == config[key] for key in ("epochs", "steps")):
+    same_length = checkpoint and all(checkpoint["config"][key] == config[key] for key in ("epochs", "steps"))
+    if same_length and checkpoint["step"] == checkpoint["steps"]:
         return print(f"{args.out}: all {checkpoint['steps']:,} steps are done")
 
     # Data: the student sees `images` alone; labels are for the probes
@@ -899,7 +908,7 @@ def main(argv=None):
               flush=True)
 
     print(f"{args.arch} on {args.dataset}: {n:,} images, {steps:,} steps of {args.batch_size}, m={args.out_dim:,}, "
-          f"ε={args.init_eps:g}, seed {args.seed}, {device.type}{f' x {processes}' if processes > 1 else ''}, amp {args.amp} -> {args.out}")
+          f"ε={args.init_eps:g}, seed {args.seed}, {device.type}{f' x {processes}' * (processes > 1)}, amp {args.amp} -> {args.out}")
     print(f"{'step':>7} {'epoch':>7} {'MSE' if args.loss == 'mse' else 'KL (nats)':>10} {'from init':>9} {'images/s':>9} {'ETA':>9}"
           + "".join(f"{title:>20}" for title in PROBES.values()), flush=True)
     before = read_json(args.out / "run.json") if checkpoint and (args.out / "run.json").exists() else {}
@@ -907,7 +916,8 @@ def main(argv=None):
     print(f"{'teacher':>7}{'':49}" + scores(teacher_probes), flush=True)
     made = [*before.get("made", []), {**provenance(), "processes": processes, "from_step": step}]  # it may go on elsewhere
     if rank == 0:
-        write_json(args.out / "run.json", {**config, "n_images": n, "total_steps": steps, "teacher_probes": teacher_probes, "made": made})
+        about = {"n_images": n, "total_steps": steps, "teacher_probes": teacher_probes, "made": made}
+        write_json(args.out / "run.json", {**config, **about})
     if step == 0:  # at ε=0 the student's encoder is still the teacher's
         log_row(math.nan, 0, teacher_probes if args.init_eps == 0 else probe(student.encoder))
 

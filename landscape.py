@@ -31,7 +31,7 @@ from distill import (ARCHS, FORMATS, SHAPE, KLDivergence, Problem, amp_tools, at
 # ---- Options and files -----------------------------------------------------------------------------------------------
 
 FREE = {"resume", "device", "data_dir", "mirror", "out", "a", "b", "run"}  # what may change on --resume
-DISTILLED = ("arch", "init_eps", "out_dim", "norm", "bottleneck", "dataset", "n_samples", "steps", "seed")  # kept of a run's settings
+DISTILLED = ("arch", "init_eps", "out_dim", "norm", "bottleneck", "dataset", "n_samples", "steps", "seed")  # kept of a run
 SAVE_EVERY = 30  # seconds
 
 
@@ -230,7 +230,7 @@ def anchors_of(args):
         alpha = [locality(c["init_eps"]) for c in (config, config_b)]
         return teacher, [teacher, student, student_b], ["θ_T", f"θ*_S({alpha[0]})", f"θ*_S({alpha[1]})"], config
     shape = [config[key] for key in SHAPE]
-    if fingerprint(teacher) != fingerprint(random_network(2 * config["seed"], *shape)):
+    if not config["teacher"] and fingerprint(teacher) != fingerprint(random_network(2 * config["seed"], *shape)):
         raise Problem(f"this version of torch does not draw the teacher of {args.a} again from its seed {config['seed']}, so the "
                       f"student's start is lost too: take --view shared, or distil again")
     start = init_student(teacher, random_network(2 * config["seed"] + 1, *shape), config["init_eps"])
@@ -634,7 +634,7 @@ def describe(config):
     """A plane in a line: view, network, number of logits, images."""
     distilled = config["distilled"]
     return (f"{config['view']} view{' of encoders' * config['encoder_only']}, {distilled['arch']}, m = {distilled['out_dim']:,}"
-            f"{', raw rows' * (distilled['bottleneck'] == 'lf/l')}, {config['n_images']:,} images of {Path(config['dataset']).name}")
+            f"{', raw rows' * (distilled.get('bottleneck') == 'lf/l')}, {config['n_images']:,} images of {Path(config['dataset']).name}")
 
 
 def draw_lines(plt, files):

@@ -232,7 +232,8 @@ def main(argv=None):
             raise Problem(f"the ticket in {ticket} has had {had} prunings, not {args.rounds}: finish it with --resume first")
     if checkpoint and checkpoint["config"]["start"] != config["start"]:
         raise Problem(f"{origin} began from other weights than {args.run} holds now: delete it or name another one with --out")
-    args.amp = config["amp"] = pick_amp(checkpoint["config"]["amp"] if checkpoint else args.amp, device, distilled["arch"], distilled["norm"])
+    amp = checkpoint["config"]["amp"] if checkpoint else args.amp
+    args.amp = config["amp"] = pick_amp(amp, device, distilled["arch"], distilled["norm"])
 
     data = load_data(args.dataset, distilled["image_size"], args.data_dir, args.mirror)
     if len(data.test_y) == 0:

@@ -3,7 +3,7 @@
 #
 #   bash run_all.sh            the whole paper on the GPUs of this machine (two weeks of one); ends with results/REPORT.md
 #   bash run_all.sh list       its jobs, one command a line, in stages 1 and 2; `list 1` and `list 2`: those of one stage
-#   bash run_all.sh report     every table and figure, from whatever is under runs/
+#   bash run_all.sh report     every table and figure, from whatever is under runs/ (or another directory: report DIRECTORY)
 #   bash run_all.sh quick      the central effects on a CPU, without a download: students, a ticket, a landscape (minutes)
 #   bash run_all.sh mini       Fig. 3 and the transfer of Table 2 at a CPU's size (hours); `list mini`: its jobs
 #   bash run_all.sh test       the tests
@@ -196,9 +196,9 @@ list() {  # [1 | 2 | mini]
     esac
     if [ -n "${TOY:-}" ]; then
         local few="--batch-size 16 --device cpu" images="(cifar10|cifar100|stl10|tinyimagenet|cifar5m|$CIFAR10|$TINYIMAGENET)"
-        jobs=$(sed -E -e "s#--(probe-)?dataset $images( |\$)#--\1dataset $TOY #g" -e 's#runs/(paper|mini)#runs/toy-\1#g' \
+        jobs=$(sed -E -e "s#--(probe-)?dataset $images( |\$)#--\1dataset $TOY #g" -e 's#runs/(paper|mini)#runs/toy/\1#g' \
             -e "s#^(python distill.py)(.*)  \##\1 --out-dim 64\2 --n-samples 32 --steps 2 --eval-every 2 $few  \##" \
-            -e "s#^(python prune.py)(.*)  \##\1\2 --rounds 1 --epochs 6 $few  \##" \
+            -e "s#^(python prune.py)(.*)  \##\1\2 --rounds 1 --rate 0.5 --epochs 6 $few  \##" \
             -e "s#^(python landscape.py connect)(.*)  \##\1\2 --copies 2 --points 3 --epochs 1 $few  \##" \
             -e "s#^(python landscape.py plane)(.*)  \##\1\2 --grid 3 --n-samples 32 --n-test 16  \##" <<<"$jobs")
     fi
@@ -230,18 +230,19 @@ run() {  # STAGES...: all their jobs, as many at once as there are GPUs
     done
 }
 
-report() {
-    local paper=runs/paper figure=figures/report curves=() lines=()
-    [ -z "${TOY:-}" ] || paper=runs/toy-paper figure=runs/toy-paper/figures
-    for run in $paper/cifar10-resnet18-seed*/; do
-        compgen -G "$run*/config.json" >/dev/null && curves+=("$run"); [ -e "$run/connect/connect.npz" ] && lines+=("$run/connect/connect.npz")
+report() {  # [DIRECTORY with paper/ and mini/ in it]
+    local root=${1:-runs} page=results/REPORT.md figures=figures/report curves=() lines=() run plane
+    [ -z "${TOY:-}" ] || root=runs/toy page=runs/toy/REPORT.md figures=runs/toy/figures
+    for run in "$root"/paper/cifar10-resnet18-seed*; do
+        compgen -G "$run/*/config.json" >/dev/null && curves+=("$run")
+        [ ! -e "$run/connect/connect.npz" ] || lines+=("$run/connect/connect.npz")
     done
-    [ ${#curves[@]} = 0 ] || "$PY" prune.py plot "${curves[@]}" --figure $figure/fig8.png
-    [ ${#lines[@]} = 0 ] || "$PY" landscape.py plot "${lines[@]}" --figure $figure/fig9.png
-    for plane in $paper/fig*.npz; do
-        [ ! -e "$plane" ] || "$PY" landscape.py plot "$plane" --figure "$figure/$(basename "$plane" .npz).png"
+    [ ${#curves[@]} = 0 ] || "$PY" prune.py plot "${curves[@]}" --figure $figures/fig8.png
+    [ ${#lines[@]} = 0 ] || "$PY" landscape.py plot "${lines[@]}" --figure $figures/fig9.png
+    for plane in "$root"/paper/fig*.npz; do
+        [ ! -e "$plane" ] || "$PY" landscape.py plot "$plane" --figure "$figures/$(basename "$plane" .npz).png"
     done
-    "$PY" probe.py report "$@"
+    "$PY" -m results.report "$root" --out $page --figures $figures
 }
 
 finish() {  # the report, and what failed
@@ -254,7 +255,7 @@ case "${1:-full}" in
     list)   list "${2:-}" ;;
     job)    run_job "$2" ;;
     mini)   environment; run mini; finish ;;
-    report) environment; report "${@:2}" ;;
+    report) environment; report "${2:-}" ;;
     quick)  environment; quick "${@:2}" ;;
     test)   environment; "$PY" -m pytest -q test_smoke.py "${@:2}" ;;
     *)      sed -n '3,19s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;

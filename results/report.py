@@ -2,7 +2,7 @@
 """REPORT.md and its figures: every table and figure of the paper beside what is under runs/ (bash run_all.sh report).
 
     python -m results.report                              from runs/paper and runs/mini
-    python -m results.report results/cpu/report           from logs that were kept
+    python -m results.report results/cpu                  from the logs that are kept there
 
 Directories have the names that `bash run_all.sh list` gives them, such as paper/fig10-m256-seed0. Read are run.json and log.csv of
 distill.py, the .json files of probe.py, config.json and log.csv of prune.py, and landscape.py's .npz; never a checkpoint.
@@ -12,28 +12,35 @@ from pathlib import Path
 
 import numpy as np
 
-from distill import make_parser, read_json, run_cli, write_atomically
+from distill import Problem, make_parser, read_json, run_cli, write_atomically
 from probe import PROBES
 
 # ---- What the paper says: accuracies in %, each (linear probe, k-NN) --------------------------------------------------
 
 RAW = {"cifar10": (39.02, 33.61), "cifar100": (14.07, 14.87), "stl10": (31.51, 28.94), "tinyimagenet": (3.28, 3.44)}
 TEACHERS = {  # Tables 1 and 3
-    "cifar10": {"resnet18": (35.50, 37.65), "vgg11": (36.55, 44.92)}, "cifar100": {"resnet18": (11.58, 13.77), "vgg11": (12.05, 18.10)},
-    "stl10": {"resnet18": (24.24, 31.71), "vgg11": (24.67, 36.92)}, "tinyimagenet": {"resnet18": (4.85, 4.59), "vgg11": (5.25, 5.98)}}
+    "cifar10": {"resnet18": (35.50, 37.65), "vgg11": (36.55, 44.92)},
+    "cifar100": {"resnet18": (11.58, 13.77), "vgg11": (12.05, 18.10)},
+    "stl10": {"resnet18": (24.24, 31.71), "vgg11": (24.67, 36.92)},
+    "tinyimagenet": {"resnet18": (4.85, 4.59), "vgg11": (5.25, 5.98)}}
 STUDENTS = {
-    "cifar10": {"resnet18": (46.02, 44.67), "vgg11": (51.98, 51.32)}, "cifar100": {"resnet18": (21.50, 20.22), "vgg11": (26.62, 23.53)},
-    "stl10": {"resnet18": (40.58, 37.41), "vgg11": (46.20, 43.58)}, "tinyimagenet": {"resnet18": (10.40, 7.11), "vgg11": (12.88, 9.23)}}
+    "cifar10": {"resnet18": (46.02, 44.67), "vgg11": (51.98, 51.32)},
+    "cifar100": {"resnet18": (21.50, 20.22), "vgg11": (26.62, 23.53)},
+    "stl10": {"resnet18": (40.58, 37.41), "vgg11": (46.20, 43.58)},
+    "tinyimagenet": {"resnet18": (10.40, 7.11), "vgg11": (12.88, 9.23)}}
 TRANSFER = {  # Tables 2 and 4
-    "cifar10": {"resnet18": (46.06, 44.45), "vgg11": (52.45, 51.48)}, "cifar100": {"resnet18": (22.60, 19.48), "vgg11": (27.49, 23.95)},
+    "cifar10": {"resnet18": (46.06, 44.45), "vgg11": (52.45, 51.48)},
+    "cifar100": {"resnet18": (22.60, 19.48), "vgg11": (27.49, 23.95)},
     "stl10": {"resnet18": (41.42, 38.86), "vgg11": (45.86, 42.26)}}
 TABLE_5 = {  # linear probe only: teacher, student
-    "vgg11": (36.55, 51.98), "vgg13": (34.73, 49.26), "vgg16": (33.08, 46.35), "vgg19": (30.84, 43.90), "resnet20": (28.68, 36.62),
-    "resnet56": (14.05, 27.92), "resnet18": (35.50, 46.02), "resnet34": (28.18, 41.04), "resnet50": (19.69, 27.53),
-    "vit-tiny": (32.93, 35.76), "vit-small": (38.57, 41.68), "vit-medium": (41.09, 43.13), "vit-base": (41.71, 44.38)}
+    "vgg11": (36.55, 51.98), "vgg13": (34.73, 49.26), "vgg16": (33.08, 46.35), "vgg19": (30.84, 43.90),
+    "resnet20": (28.68, 36.62), "resnet56": (14.05, 27.92), "resnet18": (35.50, 46.02), "resnet34": (28.18, 41.04),
+    "resnet50": (19.69, 27.53), "vit-tiny": (32.93, 35.76), "vit-small": (38.57, 41.68), "vit-medium": (41.09, 43.13),
+    "vit-base": (41.71, 44.38)}
 FIG_4 = {  # linear probe only: the values of the released notebook; noise: the middle of 16.3 to 16.7
-    "n500": 41.76, "n1000": 45.94, "n2000": 46.18, "n5000": 47.66, "n10000": 48.43, "n15000": 49.51, "n50000": 51.36, "n100000": 52.75,
-    "n200000": 53.51, "n750000": 52.56, "n1000000": 52.65, "n5000000": 53.67, **{f"noise{n}": 16.5 for n in (500, 5000, 50000, 150000)}}
+    "n500": 41.76, "n1000": 45.94, "n2000": 46.18, "n5000": 47.66, "n10000": 48.43, "n15000": 49.51, "n50000": 51.36,
+    "n100000": 52.75, "n200000": 53.51, "n750000": 52.56, "n1000000": 52.65, "n5000000": 53.67,
+    **{f"noise{n}": 16.5 for n in (500, 5000, 50000, 150000)}}
 
 NEAR = {"resnet18": "0", "vgg11": "1e-10"}  # the ε that stands for the paper's α ≈ 0
 ALPHA = {"0": 0, "1e-10": 0, "0.1": 0.09, "0.5": 0.33, "1.5": 0.6, "4": 0.8, "inf": 1}  # ε: α = ε/(1+ε)
@@ -45,12 +52,12 @@ INTRODUCTION = """\
 Made by `bash run_all.sh report` from what lies under `{root}`; nothing here was typed by hand. The jobs are those of
 `bash run_all.sh list`. Test accuracy in %, mean ± standard deviation over n seeds.
 
-- **ours** is the best, as in the paper's tables: of a student, over all probes of its run; of a teacher or raw pixels, over the ten
-  epochs of the linear probe. **last** is the student at the end of its run, or the probe's last epoch.
-- **converged** is a linear probe that the paper does not have: standardised features, trained to its optimum (of a student: at the end
-  of its run). It does not depend on how features are scaled.
-- **verdict**: *agrees* if ours is within 2 points of the paper or within two of our standard deviations, else *higher* or *lower*. For a
-  figure without numbers: *shows* or *does not show*, by the rule beside it. *missing* where no finished run is.
+- **ours** is the best, as in the paper's tables: of a student, over all probes of its run; of a teacher or raw pixels, over
+  the ten epochs of the linear probe. **last** is the student at the end of its run, or the probe's last epoch.
+- **converged** is a linear probe that the paper does not have: standardised features, trained to its optimum (of a student:
+  at the end of its run). It does not depend on how features are scaled.
+- **verdict**: *agrees* if ours is within 2 points of the paper or within two of our standard deviations, else *higher* or
+  *lower*. For a figure without numbers: *shows* or *does not show*, by the rule beside it. *missing* where no finished run is.
 - **made** numbers the notes at the end: data, size of the run, hardware, versions.
 
 {summary}
@@ -60,20 +67,22 @@ Made by `bash run_all.sh report` from what lies under `{root}`; nothing here was
 # ---- What we have ----------------------------------------------------------------------------------------------------
 
 def read_log(folder):
-    """The rows of a log.csv as dicts of floats; empty cells are left out."""
+    """The rows of a log.csv as dicts of floats; empty cells are left out. None yet where a run has only begun."""
+    if not (folder / "log.csv").exists():
+        return []
     with open(folder / "log.csv", newline="") as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def read_results(root):
-    """(runs, tables, unfinished): finished runs by their name without seed, .json files of probe.py by name, what is not done."""
+    """(runs, tables, unfinished): finished runs by name without seed, .json files of probe.py by name, what is not done."""
     runs, tables, unfinished = {}, {file.stem: read_json(file) for file in sorted(root.glob("*.json"))}, []
     for file in sorted(root.glob("*/run.json")):
         run, rows = read_json(file), read_log(file.parent)
-        if rows[-1]["step"] == run["total_steps"]:
+        if rows and rows[-1]["step"] == run["total_steps"]:
             runs.setdefault(re.sub(r"-seed\d+$", "", file.parent.name), []).append({**run, "rows": rows})
         else:
-            unfinished.append(f"{file.parent.name} (step {rows[-1]['step']:,.0f} of {run['total_steps']:,})")
+            unfinished.append(f"{file.parent.name} (step {rows[-1]['step'] if rows else 0:,.0f} of {run['total_steps']:,})")
     return runs, tables, unfinished
 
 
@@ -83,8 +92,15 @@ def read_curves(root):
     for file in sorted(root.glob("cifar10-resnet18-seed*/prune-*/config.json")):
         config, rows = read_json(file), read_log(file.parent)
         if len(rows) == config["rounds"] + 1 and not config["control"]:
-            curves.setdefault((config["init"], config["rewind_epoch"]), []).append({row["weights_left"]: row["best_accuracy"] for row in rows})
+            curve = {row["weights_left"]: row["best_accuracy"] for row in rows}
+            curves.setdefault((config["init"], config["rewind_epoch"]), []).append(curve)
     return curves
+
+
+def read_npz(file):
+    """The arrays that landscape.py wrote, without its settings."""
+    with np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def best(run, probe="linear_paper"):
@@ -110,14 +126,18 @@ def spread(lists):
 
 def mean_std(values):
     """12.34 ± 0.56 as text, without the deviation for a single value; nothing for none."""
-    return "" if not values else f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def origin(result):
     """On what data, how large, on which hardware and by which version a run, or an entry of a .json file, was made."""
-    made = ", then ".join(dict.fromkeys(f"{m['hardware']}, torch {m['torch']}, commit {m['commit']}" for m in result.get("made", [result])))
+    versions = [f"{made['hardware']}, torch {made['torch']}, commit {made['commit']}" for made in result.get("made", [result])]
+    made = ", then ".join(dict.fromkeys(versions))
     if "total_steps" not in result:
-        return f"{result['dataset']}, {result['train_images']:,} + {result['test_images']:,} images, amp {result['amp']}; {made}"
+        images = f"{result['train_images']:,} + {result['test_images']:,} images"
+        return f"{result['dataset']}, {images}, amp {result['amp']}; {made}"
     probed = f", probed on {result['probe_dataset']}" if result["probe_dataset"] else ""
     return (f"{result['dataset']}, {result['n_images']:,} images{probed}, {result['total_steps']:,} steps of {result['batch_size']}, "
             f"m = {result['out_dim']:,}, amp {result['amp']}; {made}")
@@ -135,7 +155,8 @@ class Page:
         return ", ".join(f"[{number}]" for number in numbers)
 
     def table(self, header, rows):
-        self.lines += ["", *("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)), ""]
+        rows = (header, ["---"] * len(header), *rows)
+        self.lines += ["", *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
 
     def numbers(self, rows):
         """A table of (label, the paper's number, our runs or .json entries, which probe)."""
@@ -189,26 +210,28 @@ def claims(runs, root):
         unit = ((student - origin) ** 2).sum()
         near, far = (np.median(kl[(0 < side * x) & (side * x < unit / 2) & (abs(y) < unit / 2)]) for side in (1, -1))
         return f"median KL {near:.1e} on the student's side, {far:.1e} on the other", bool(far > 2 * near)
-    planes = [dict(np.load(file, allow_pickle=False)) for file in root.glob("fig5-shared.npz")]
-    rows.append(("Fig. 5, vgg11", "an asymmetric valley: up to half the way from θ_T to θ*_S(0), the KL is less than half of that as far on the "
-                 "other side", [planes], lambda planes: valley(planes[0])))
+    planes = [plane for plane in map(read_npz, root.glob("fig5-shared.npz")) if plane["done"] == len(plane["points"])]
+    rows.append(("Fig. 5, vgg11", "an asymmetric valley: up to half the way from θ_T to θ*_S(0), the KL is less than half of that as "
+                 "far on the other side", [planes], lambda planes: valley(planes[0])))
 
     def tickets(*groups):
         student, *random = ({left: statistics.mean(curve[left] for curve in group) for left in group[0]} for group in groups)
         sparse = [left for left in student if left < 60]
         ahead = [student[left] - random[0][left] for left in sparse]
         apart = max(min(abs(student[left] - curve[left]) for curve in random[1:]) for left in sparse)
-        return (f"student minus random init ℓ = 0: {min(ahead):+.2f} to {max(ahead):+.2f} points; at most {apart:.2f} from the nearer of ℓ = 1 and 2",
-                min(ahead) > 0 and apart <= 0.5)
+        return (f"student minus random init ℓ = 0: {min(ahead):+.2f} to {max(ahead):+.2f} points; at most {apart:.2f} from the nearer "
+                f"of ℓ = 1 and 2", min(ahead) > 0 and apart <= 0.5)
     curves = read_curves(root)
-    rows.append(("Fig. 8, resnet18", "below 60 % of the weights the student rewound to ℓ = 0 is above random init rewound to 0, and within half a point "
-                 "of random init rewound to 1 or 2", [curves.get(key, []) for key in (("student", 0), ("random", 0), ("random", 1), ("random", 2))], tickets))
+    rows.append(("Fig. 8, resnet18", "below 60 % of the weights the student rewound to ℓ = 0 is above random init rewound to 0, and "
+                 "within half a point of random init rewound to 1 or 2",
+                 [curves.get(key, []) for key in (("student", 0), ("random", 0), ("random", 1), ("random", 2))], tickets))
 
     def barriers(lines):
         student, random = (np.mean(np.concatenate([line["barrier"][i] for line in lines])) for i in (0, 1))
         return f"barrier {student:.2f} points between students, {random:.2f} between random inits", bool(student < random / 2)
-    lines = [dict(np.load(file, allow_pickle=False)) for file in sorted(root.glob("cifar10-resnet18-seed*/connect/connect.npz"))]
-    rows.append(("Fig. 9, resnet18", "the barrier between fine-tuned students is less than half of that between random inits", [lines], barriers))
+    lines = [read_npz(file) for file in sorted(root.glob("cifar10-resnet18-seed*/connect/connect.npz"))]
+    rows.append(("Fig. 9, resnet18", "the barrier between fine-tuned students is less than half of that between random inits",
+                 [lines], barriers))
 
     def wide_enough(*groups):
         students = [average(group) for group in groups]
@@ -217,11 +240,11 @@ def claims(runs, root):
                  find(*(f"fig10-m{m}" for m in (16, 256, 1024, 4096, 16384)), "cifar10-resnet18"), wide_enough))
 
     def batch_norm_first(*groups):
-        early = [average(group, lambda run: next(row["linear_paper"] for row in run["rows"][1:] if "linear_paper" in row)) for group in groups]
-        late = [average(group) for group in groups]
+        first = lambda run: next(row["linear_paper"] for row in run["rows"][1:] if "linear_paper" in row)
+        early, late = ([average(group, score) for group in groups] for score in (first, best))
         return (f"batch, instance, group, layer, none: at the first probe {listed(early)}; best {listed(late)}",
                 max(early) == early[0] and min(late) > late[0] - 2)
-    rows.append(("Fig. 11, resnet18", "batch norm is ahead at the first probe, a tenth of the run; the others and none come within 2 points",
+    rows.append(("Fig. 11, resnet18", "batch norm is ahead at the first probe, a tenth of the run; the others, and none, come within 2",
                  find("cifar10-resnet18", *(f"fig11-{norm}" for norm in ("instance", "group", "layer", "none"))), batch_norm_first))
 
     def feature_norm_matters(both, no_weight_norm, no_feature_norm):
@@ -231,26 +254,27 @@ def claims(runs, root):
                  find("cifar10-resnet18", "fig12-lf-l", "fig12-l-wl"), feature_norm_matters))
 
     def rise_and_fall(group):
-        epochs, kl, _ = mean_over(group, "kl")
-        epochs, kl, far = epochs[1:], kl[1:], average(group, lambda run: last(run, "distance"))  # the first row is before any step
+        (_, *epochs), (_, *kl), _ = mean_over(group, "kl")  # the first row is before any step
+        far = average(group, lambda run: last(run, "distance"))
         when = epochs[kl.index(max(kl))] / epochs[-1]
         return (f"highest KL {max(kl):.1e} at {when:.0%} of the run, {kl[-1]:.1e} at its end; distance {far:.1f}",
                 when <= 0.1 and kl[-1] < max(kl) / 2 and 10 <= far <= 40)
     for name in ("raw-resnet18-eps0", "raw-vgg11-eps1e-10"):
-        rows.append((f"Fig. 17, {name}", "the KL is highest in the first tenth and halves by the end; the distance from init ends between 10 and 40",
-                     find(name), rise_and_fall))
+        rows.append((f"Fig. 17, {name}", "the KL is highest in the first tenth and halves by the end; the distance from init ends "
+                     "between 10 and 40", find(name), rise_and_fall))
 
     def nothing_more(first, second):
-        change, kls = average(second, last) - average(first, last), [average(group, lambda run: last(run, "kl")) for group in (first, second)]
-        return f"probe {change:+.2f} points; KL at the end {kls[0]:.1e}, then {kls[1]:.1e}", abs(change) <= 2 and kls[1] < kls[0] / 10
+        change, kl = average(second, last) - average(first, last), [average(group, lambda run: last(run, "kl")) for group in (first, second)]
+        return f"probe {change:+.2f} points; KL at the end {kl[0]:.1e}, then {kl[1]:.1e}", abs(change) <= 2 and kl[1] < kl[0] / 10
     for arch in NEAR:
         rows.append((f"Fig. 18, {arch}", "a second round leaves the probe within 2 points, and its KL ends below a tenth of the first's",
                      find(f"cifar10-{arch}", f"fig18-{arch}"), nothing_more))
 
     def same(usual, other):
         return f"{average(usual):.2f} → {average(other):.2f}", abs(average(other) - average(usual)) <= 2
-    for name, arch, rule in (("raw-vgg11-eps1e-10", "vgg11", "the released code's rows, not normalised"), ("raw-resnet18-eps0", "resnet18", "the same"),
-                             ("loss-mse", "resnet18", "MSE of the logits in place of the KL"), ("optimizer-sgd", "resnet18", "SGD in place of AdamW")):
+    for name, arch, rule in (("raw-vgg11-eps1e-10", "vgg11", "the released code's rows, not normalised"),
+                             ("raw-resnet18-eps0", "resnet18", "the same"), ("loss-mse", "resnet18", "MSE of the logits in place of the KL"),
+                             ("optimizer-sgd", "resnet18", "SGD in place of AdamW")):
         rows.append((name, f"(a switch, no figure) {rule}: within 2 points", find(f"cifar10-{arch}", name), same))
     return sorted(rows, key=lambda row: int(re.findall(r"Fig. (\d+)|$", row[0])[0] or 99))
 
@@ -265,7 +289,10 @@ def mean_over(group, column):
 
 
 def figures(runs):
-    """{figure: [(title, x label, y label, options of the axes, {name: (x, means, deviations)}, {name: level})]} of what `runs` allow."""
+    """What `runs` allow to draw: {figure: [panel (title, x label, y label, {option of the axes: value}, lines, levels)]}.
+
+    `lines` are {name: (x, means, standard deviations)}, `levels` {name: y}.
+    """
     plots, accuracy = {}, "linear probe (%)"
     there = lambda **names: {label: runs[name] for label, name in names.items() if name in runs}
     over = lambda groups, column="linear_paper": {label: mean_over(group, column) for label, group in groups.items()}
@@ -277,15 +304,15 @@ def figures(runs):
             level = {"teacher": average(groups[0], teacher)}
             plots.setdefault("fig1", []).append((arch, "epoch", accuracy, {}, over({"student": groups[0]}), level))
             plots.setdefault("fig3", []).append((arch, "locality α", accuracy, {}, {"student": bests(groups)}, level))
-    sizes = {label: {int(re.sub(r"\D", "", size)): runs[f"fig4-{size}"] for size in FIG_4 if f"fig4-{size}" in runs and size.startswith("noise") == noise}
-             for label, noise in (("CIFAR10, from 50,000 on with CIFAR-5M", False), ("Gaussian noise", True))}
-    if any(sizes.values()):
-        plots["fig4"] = [("vgg11", "training images", accuracy, {"xscale": "log"}, {label: bests(groups) for label, groups in sizes.items() if groups}, {})]
+    for kind, label in (("n", "CIFAR10, beyond 50,000 with CIFAR-5M"), ("noise", "Gaussian noise")):
+        sizes = {int(re.sub(r"\D", "", size)): runs[f"fig4-{size}"] for size in FIG_4 if re.fullmatch(kind + r"\d+", size) and f"fig4-{size}" in runs}
+        if sizes:
+            plots.setdefault("fig4", [("vgg11", "training images", accuracy, {"xscale": "log"}, {}, {})])[0][4][label] = bests(sizes)
     widths = {4**k: runs[name] for k in range(9) if (name := f"fig10-m{4**k}" if k < 8 else "cifar10-resnet18") in runs}
     if len(widths) > 1:
         plots["fig10"] = [("resnet18", "logits m", accuracy, {"xscale": "log"}, {"student": bests(widths)}, {})]
     norms = there(batch="cifar10-resnet18", instance="fig11-instance", group="fig11-group", layer="fig11-layer", none="fig11-none")
-    parts = there(**{"lf/wl": "cifar10-resnet18", **{parts: f"fig12-{parts.replace('/', '-')}" for parts in ("lf/l", "l/wl", "l/l", "f/wl", "lf/")}})
+    parts = there(**{"lf/wl": "cifar10-resnet18"}, **{parts: f"fig12-{parts.replace('/', '-')}" for parts in ("lf/l", "l/wl", "l/l", "f/wl", "lf/")})
     for figure, groups in (("fig11", norms), ("fig12", parts)):
         if len(groups) > 1:
             plots[figure] = [("resnet18", "epoch", accuracy, {}, over(groups), {})]
@@ -310,7 +337,8 @@ def draw(plots, folder):
         figure, axes = plt.subplots(1, len(panels), figsize=(0.6 + 4.2 * len(panels), 3.6), layout="constrained", squeeze=False)
         for axis, (title, xlabel, ylabel, options, lines, levels) in zip(axes[0], panels):
             for i, (label, (x, mean, std)) in enumerate(lines.items()):
-                axis.errorbar(x, mean, std, label=label, marker="os^Dv*"[i % 6], linestyle=("-", "--", "-.", ":")[i % 4], markersize=4, capsize=2)
+                axis.errorbar(x, mean, std, label=label, marker="os^Dv*"[i % 6], linestyle=("-", "--", "-.", ":")[i % 4], markersize=4,
+                              capsize=2)
             for label, level in levels.items():
                 axis.axhline(level, color="black", linewidth=1, label=label)
             axis.set(title=title, xlabel=xlabel, ylabel=ylabel, **options)
@@ -330,6 +358,8 @@ def main(argv=None):
     add("--figures", "directory of the pictures", Path("figures/report"), type=Path)
     args = parser.parse_args(argv)
     page, root = Page(), args.root / "paper"
+    if not root.is_dir() and not (args.root / "mini").is_dir():
+        raise Problem(f"{args.root} holds neither paper/ nor mini/: do some jobs of `bash run_all.sh list` first, or name another directory")
     write = page.lines.append
     runs, tables, unfinished = read_results(root)
     entries = lambda file, start: [entry for name, entry in tables.get(file, {}).items() if name.startswith(start)]
@@ -355,10 +385,11 @@ def main(argv=None):
         write(f"Teachers but for the ViTs: mean absolute deviation from the paper {statistics.mean(apart):.2f} points over {len(apart)} of "
               f"{len(TABLE_5) - len(VITS)} architectures, the largest {max(apart):.2f}.\n")
     if any(map(accuracies, VITS)):
-        write("The paper's ViT rows come from another network: its released code attends over heads, not tokens, and its text says 8-pixel patches where its "
-              "parameter counts need 16. Our random ViTs with either, linear probe:")
-        page.table(("", "paper", "16-pixel patches (n)", "8-pixel patches (n)"), [
-            (arch, f"{TABLE_5[arch][0]:.2f}", *(f"{mean_std(accuracies(name))} ({len(accuracies(name))})" for name in (arch, f"{arch}-p8"))) for arch in VITS])
+        write("The paper's ViT rows come from another network: its released code attends over heads, not tokens, and its text says 8-pixel "
+              "patches where its parameter counts need 16. Our random ViTs with either, linear probe:")
+        cell = lambda name: f"{mean_std(accuracies(name))} ({len(accuracies(name))})"
+        page.table(("", "paper", "16-pixel patches (n)", "8-pixel patches (n)"),
+                   [(arch, f"{TABLE_5[arch][0]:.2f}", cell(arch), cell(f"{arch}-p8")) for arch in VITS])
 
     write("## Fig. 4: VGG11 distilled on n images (noise: Gaussian noise), probed on CIFAR10")
     page.numbers([(size, paper, runs.get(f"fig4-{size}", []), "linear_paper") for size, paper in FIG_4.items()])
@@ -367,11 +398,12 @@ def main(argv=None):
 
     small, _, small_unfinished = read_results(args.root / "mini")
     if small:
-        write("## In miniature, on a CPU (`bash run_all.sh list mini`)\n\nFewer images and steps than the paper: read these for their direction, not beside its "
-              "numbers. Students at the end of their runs; in brackets the gain over their own teachers.")
+        write("## In miniature, on a CPU (`bash run_all.sh list mini`)\n\nFewer images and steps than the paper: read these for their "
+              "direction, not beside its numbers. Students at the end of their runs; in brackets the gain over their own teachers.")
+        gain = lambda group, probe: average(group, lambda run: last(run, probe) - teacher(run, probe))
+        cell = lambda group, probe: f"{mean_std([last(run, probe) for run in group])} ({gain(group, probe):+.2f})"
         page.table(("n", *PROBES.values(), "made"), [
-            (f"{name} ({len(group)})", *(f"{mean_std([last(run, probe) for run in group])} ({average(group, lambda run: last(run, probe) - teacher(run, probe)):+.2f})"
-                                         for probe in PROBES), page.notes(group)) for name, group in small.items()])
+            (f"{name} ({len(group)})", *(cell(group, probe) for probe in PROBES), page.notes(group)) for name, group in small.items()])
 
     draw(figures(runs) | figures({name: group for name, group in small.items() if name.startswith("fig3-")}), args.figures)
     pictures = sorted(path.stem for path in args.figures.glob("*.png"))  # those of prune.py and landscape.py, too
