@@ -184,9 +184,9 @@ mini() {  # what two CPU cores can do: minutes are theirs
         job 1 "$student --dataset $CIFAR10 --n-samples 10000 --init-eps $eps --seed $seed --out $OUT/fig3-eps$eps-seed$seed" 4
     done; done
     for seed in $SEEDS; do
-        job 1 "$student --dataset $TINYIMAGENET --n-samples 20000 --probe-dataset $CIFAR10 --seed $seed --out $OUT/transfer-seed$seed" 4
+        job 1 "$student --dataset $TINYIMAGENET --probe-dataset $CIFAR10 --seed $seed --out $OUT/transfer-seed$seed" 4
     done
-    job 1 "python distill.py --resume --arch resnet20 --dataset $CIFAR10 --out-dim 1024 --epochs 20 --out $OUT/resnet20-seed0" 20
+    job 1 "python distill.py --resume --arch resnet20 --dataset $CIFAR10 --out-dim 1024 --epochs 10 --eval-every 980 --out $OUT/resnet20-seed0" 9
 }
 
 list() {  # [1 | 2 | mini]
