@@ -9,7 +9,7 @@ Method: "Random Teachers are Good Teachers", Sarnthein et al., ICML 2023, arXiv 
 data flows: models, data, student initialisation, loss, the training loop, checkpoints, main.
 """
 import argparse, csv, fcntl, hashlib, io, json, math, os, pickle, platform, re, shutil, signal, socket, subprocess, sys, time
-import warnings, zipfile
+import warnings, zipfile, zlib
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -283,10 +283,12 @@ def tiny_imagenet(data_dir, mirror):
     folder = Path(data_dir) / "tiny-imagenet-200"
     url = f"{(mirror or 'http://cs231n.stanford.edu').rstrip('/')}/tiny-imagenet-200.zip"
     with downloading(url, folder, "240 MB"):
-        if not (folder / "val").exists():  # last in the archive
+        annotations = folder / "val/val_annotations.txt"  # val/ is last in the archive: complete, if all of it is there
+        images = len(list((folder / "val").glob("**/*.JPEG")))
+        if not annotations.exists() or images != len(annotations.read_text().splitlines()):
             download_and_extract_archive(url, data_dir, md5="90528d7ca1a48142e341f4ef8d21d0de")
         if (unsorted := folder / "val/images").exists():  # all in one folder, classes in a text file: move them apart
-            for line in (folder / "val/val_annotations.txt").read_text().splitlines():
+            for line in annotations.read_text().splitlines():
                 image, wordnet_id = line.split("\t")[:2]
                 (folder / "val" / wordnet_id).mkdir(exist_ok=True)
                 if (unsorted / image).exists():  # else an interrupted call has moved it
@@ -303,17 +305,20 @@ def cifar5m(cifar10, folder, n):
     images, labels = [cifar10.train_x], [cifar10.train_y]
     missing = (n or 10**9) - len(cifar10.train_y)
     for path in sorted(folder.glob("*.npz")):
-        with zipfile.ZipFile(path) as file:
-            for name, parts in (("X", images), ("Y", labels)):
-                with file.open(f"{name}.npy") as member:
-                    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                    (k, *shape), _, dtype = header[np.lib.format.read_magic(member)](member)
-                    rows = np.frombuffer(member.read(min(k, missing) * math.prod(shape) * dtype.itemsize), dtype)
-                    parts.append(torch.from_numpy(rows.reshape(-1, *shape).copy()))
-        images[-1], labels[-1] = images[-1].permute(0, 3, 1, 2), labels[-1].long()
-        missing -= len(labels[-1])
         if missing <= 0:
             break
+        try:
+            with zipfile.ZipFile(path) as file:
+                for name, parts in (("X", images), ("Y", labels)):
+                    with file.open(f"{name}.npy") as member:
+                        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                        (k, *shape), _, dtype = header[np.lib.format.read_magic(member)](member)
+                        rows = np.frombuffer(member.read(min(k, missing) * math.prod(shape) * dtype.itemsize), dtype)
+                        parts.append(torch.from_numpy(rows.reshape(-1, *shape).copy()))
+        except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:
+            raise Problem(f"{path} is damaged or no part of CIFAR-5M ({type(error).__name__}): download it again")
+        images[-1], labels[-1] = images[-1].permute(0, 3, 1, 2), labels[-1].long()
+        missing -= len(labels[-1])
     if len(images) == 1 and missing > 0:
         raise Problem(f"{folder} holds no part of CIFAR-5M: put its .npz files there (https://github.com/preetum/cifar5m)")
     return cifar10._replace(train_x=torch.cat(images), train_y=torch.cat(labels))
@@ -840,7 +845,11 @@ def main(argv=None):
     # Teacher and student. The teacher is in eval mode: its batch norms use their initial statistics, mean 0 and variance 1,
     # while the student's use each batch's own. So with batch norm the two differ even at ε=0. (Seeds: teachers are even.)
     shape = [config[key] for key in SHAPE]
-    teacher = student_of(args.teacher, config) if args.teacher else random_network(2 * args.seed, *shape)
+    teacher = random_network(2 * args.seed, *shape)
+    if checkpoint:
+        teacher.load_state_dict(checkpoint["teacher"])
+    elif args.teacher:
+        teacher = student_of(args.teacher, config)
     student = init_student(teacher, random_network(2 * args.seed + 1, *shape), args.init_eps)
     teacher.requires_grad_(False).train(args.teacher_mode == "train").to(device)
     for module in teacher.modules():
@@ -854,7 +863,7 @@ def main(argv=None):
                  torch.optim.SGD(theta, lr=args.lr, momentum=0.9, fused=True))
     autocast, scaler = amp_tools(args.amp, device)
     if checkpoint:
-        for name, part in (("teacher", teacher), ("student", student), ("optimizer", optimizer), ("scaler", scaler)):
+        for name, part in (("student", student), ("optimizer", optimizer), ("scaler", scaler)):
             part.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])
         print(f"resuming {args.out} after step {step:,} of {steps:,}")

@@ -23,9 +23,9 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from distill import (ARCHS, FORMATS, SHAPE, KLDivergence, Problem, amp_tools, at_least, augment, channel_stats, check_same,
-                     classifier, classify, distance, fingerprint, init_student, learning_rate, load_checkpoint, load_data,
-                     load_networks, make_parser, normalise, open_run, pick_amp, pick_device, random_network, run_cli,
-                     stratified_subset, test_accuracy, train, write_atomically)
+                     classifier, classify, distance, fingerprint, init_student, kl_by_log_softmax, learning_rate,
+                     load_checkpoint, load_data, load_networks, make_parser, normalise, open_run, pick_amp, pick_device,
+                     random_network, run_cli, stratified_subset, test_accuracy, train, write_atomically)
 
 
 # ---- Options and files -----------------------------------------------------------------------------------------------
@@ -356,8 +356,11 @@ def plane(argv):
         kl, features = 0.0, []
         for batch, target in zip(split(images), table):
             features.append(network.embed(normalise(batch, stats), autocast))
-            loss = KLDivergence.apply(logits(teacher, target), logits(network, head(network, features[-1])))
-            kl += loss.item() * len(batch) / len(images)
+            both = logits(teacher, target), logits(network, head(network, features[-1]))
+            loss = KLDivergence.apply(*both).item()
+            if not math.isfinite(loss):  # e^d overflowed: at a KL so far from 0 the usual form is right
+                loss = kl_by_log_softmax(*both).item()
+            kl += loss * len(batch) / len(images)
         test_features = [network.embed(normalise(batch, stats), autocast) for batch in split(test_x)]
         return kl, torch.cat(features), torch.cat(test_features)
 

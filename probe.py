@@ -207,7 +207,8 @@ def main(argv=None):
     add("runs", nargs="*", type=Path, help="run directories of distill.py, or checkpoint files")
     add("--teacher", nargs="+", choices=ARCHS, default=[], metavar="ARCH",
         help=f"probe random teachers of these kinds, without a run: {', '.join(ARCHS)}")
-    add("--seeds", type=at_least(1, int), default=1, help="how many random teachers of each kind, with --teacher (default: 1)")
+    add("--seeds", type=at_least(0, int), nargs="+", default=[0], metavar="SEED", help="of the random teachers, with --teacher; "
+        "those of distill.py's runs with the same --seed (default: 0)")
     add("--dataset", help=f"data to probe on: {', '.join(DATASETS)}, or a folder of images (default: what the runs used)")
     add("--amp", choices=("bf16", "fp16", "off"), default="off", help="16-bit encoder: faster; off is what all tables use unless "
         "they say otherwise (default: off)")
@@ -251,7 +252,7 @@ def main(argv=None):
 
     raw = probe("raw pixels", nn.Flatten())
     teachers = [(arch, probe(f"teacher {arch} seed {seed}", random_network(2 * seed, arch, 1, image_size).encoder))
-                for arch in args.teacher for seed in range(args.seeds)]
+                for arch in args.teacher for seed in args.seeds]
     students, known = [], {}  # a teacher that several runs share is probed once
     for path, teacher, student, config in runs:
         key = fingerprint(teacher)

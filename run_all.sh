@@ -105,12 +105,12 @@ runs_of() { for seed in $SEEDS; do printf ' %s' "$OUT/$1-seed$seed"; done; }
 
 paper() {
     local arch dataset eps m n seed run images
-    local probe="python probe.py --resume" count; count=$(wc -w <<<"$SEEDS")
+    local probe="python probe.py --resume" count; count=$(wc -w <<<"$SEEDS")  # seeds
 
     # Tables 1, 3 and 5: raw pixels and random teachers; ViTs with patches of 8 pixels, too
-    job 1 "$probe --teacher $ARCHS ${VIT// /-p8 }-p8 --seeds $count --dataset $CIFAR10 --json $OUT/teachers-cifar10.json" $((12 * count))
+    job 1 "$probe --teacher $ARCHS ${VIT// /-p8 }-p8 --seeds $SEEDS --dataset $CIFAR10 --json $OUT/teachers-cifar10.json" $((12 * count))
     for dataset in cifar100 stl10 tinyimagenet; do
-        job 1 "$probe --teacher resnet18 vgg11 --seeds $count --dataset $(images_of $dataset) --json $OUT/teachers-$dataset.json" $((4 * count))
+        job 1 "$probe --teacher resnet18 vgg11 --seeds $SEEDS --dataset $(images_of $dataset) --json $OUT/teachers-$dataset.json" $((4 * count))
     done
     # Tables 1, 3 and 5: students
     for arch in $ARCHS; do distil "cifar10-$arch" "$arch" 5000 "--dataset $CIFAR10 --init-eps $(near "$arch")"; done
@@ -164,7 +164,7 @@ paper() {
         job 2 "python landscape.py connect $OUT/cifar10-resnet18-seed$seed --dataset $CIFAR10 --resume" "$(minutes resnet18 85000)"
     done
     # Fig. 5 and 13 to 16: planes, wide and around the teacher, of whole networks and of encoders
-    local near_run=$OUT/raw-vgg11-eps1e-10-seed0 far_run=$OUT/raw-vgg11-epsinf-seed0 around="--axes barycentric --x -0.2 0.2 --y -0.2 0.2"
+    local near_run=$OUT/raw-vgg11-eps1e-10-seed${SEEDS%% *} far_run=$OUT/raw-vgg11-epsinf-seed${SEEDS%% *} around="--axes barycentric --x -0.2 0.2 --y -0.2 0.2"
     plane() { job 2 "python landscape.py plane $2 --grid 41 --resume --out $OUT/$1.npz" 30; }
     plane fig5-non-local "$far_run"
     plane fig5-shared "$near_run $far_run"
@@ -198,7 +198,7 @@ list() {  # [1 | 2 | mini]
         local few="--batch-size 16 --device cpu" images="(cifar10|cifar100|stl10|tinyimagenet|cifar5m|$CIFAR10|$TINYIMAGENET)"
         jobs=$(sed -E -e "s#--(probe-)?dataset $images( |\$)#--\1dataset $TOY #g" -e 's#runs/(paper|mini)#runs/toy/\1#g' \
             -e "s#^(python distill.py)(.*)  \##\1 --out-dim 64\2 --n-samples 32 --steps 2 --eval-every 2 $few  \##" \
-            -e "s#^(python prune.py)(.*)  \##\1\2 --rounds 1 --rate 0.5 --epochs 6 $few  \##" \
+            -e "s#^(python prune.py)(.*)  \##\1\2 --rounds 1 --rate 0.5 --epochs 6 --n-samples 16 $few  \##" \
             -e "s#^(python landscape.py connect)(.*)  \##\1\2 --copies 2 --points 3 --epochs 1 $few  \##" \
             -e "s#^(python landscape.py plane)(.*)  \##\1\2 --grid 3 --n-samples 32 --n-test 16  \##" <<<"$jobs")
     fi
@@ -206,7 +206,8 @@ list() {  # [1 | 2 | mini]
 }
 
 run_job() {  # LINE: one job on one GPU, its output in a file; what fails is noted and the others go on
-    local line=$1 name log; name=$(sed -E 's/ +#.*//; s/.*(--out|--json) //; s/[^a-zA-Z0-9.-]+/_/g' <<<"$1" | cut -c1-150)
+    local line=$1 name log; name=$(sed -E 's/ +#.*//; s/.*(--out|--json) //; s/[^a-zA-Z0-9.-]+/_/g' <<<"$1")
+    [ ${#name} -le 150 ] || name=${name: -150}
     log=$LOGS/$name.log
     if [ -n "$GPUS" ]; then
         local gpus; IFS=, read -ra gpus <<<"$GPUS"
@@ -226,21 +227,21 @@ run() {  # STAGES...: all their jobs, as many at once as there are GPUs
     mkdir -p $LOGS; rm -f $LOGS/failed
     for stage in "$@"; do
         echo "$(list "$stage" | wc -l) jobs of stage $stage, $at_once at once; their output: $LOGS/"
-        list "$stage" | xargs -d '\n' -n 1 -P "$at_once" --process-slot-var=SLOT bash "$0" job
+        list "$stage" | xargs -d '\n' -n 1 -P "$at_once" --process-slot-var=SLOT bash run_all.sh job
     done
 }
 
-report() {  # [DIRECTORY with paper/ and mini/ in it]
+report() {  # [DIRECTORY with paper/ and mini/ in it]; a picture that cannot be drawn says why and stops no other
     local root=${1:-runs} page=results/REPORT.md figures=figures/report curves=() lines=() run plane
     [ -z "${TOY:-}" ] || root=runs/toy page=runs/toy/REPORT.md figures=runs/toy/figures
     for run in "$root"/paper/cifar10-resnet18-seed*; do
         compgen -G "$run/*/config.json" >/dev/null && curves+=("$run")
         [ ! -e "$run/connect/connect.npz" ] || lines+=("$run/connect/connect.npz")
     done
-    [ ${#curves[@]} = 0 ] || "$PY" prune.py plot "${curves[@]}" --figure $figures/fig8.png
-    [ ${#lines[@]} = 0 ] || "$PY" landscape.py plot "${lines[@]}" --figure $figures/fig9.png
+    [ ${#curves[@]} = 0 ] || "$PY" prune.py plot "${curves[@]}" --figure $figures/fig8.png || true
+    [ ${#lines[@]} = 0 ] || "$PY" landscape.py plot "${lines[@]}" --figure $figures/fig9.png || true
     for plane in "$root"/paper/fig*.npz; do
-        [ ! -e "$plane" ] || "$PY" landscape.py plot "$plane" --figure "$figures/$(basename "$plane" .npz).png"
+        [ ! -e "$plane" ] || "$PY" landscape.py plot "$plane" --figure "$figures/$(basename "$plane" .npz).png" || true
     done
     "$PY" -m results.report "$root" --out $page --figures $figures
 }
@@ -258,5 +259,5 @@ case "${1:-full}" in
     report) environment; report "${2:-}" ;;
     quick)  environment; quick "${@:2}" ;;
     test)   environment; "$PY" -m pytest -q test_smoke.py "${@:2}" ;;
-    *)      sed -n '3,19s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *)      sed -n '3,19s/^# \{0,1\}//p' run_all.sh >&2; exit 2 ;;
 esac

@@ -423,6 +423,11 @@ def test_tiny_imagenet_is_downloaded_once_and_its_validation_images_are_sorted(m
         Path(f"data/tiny-imagenet-200/val/images/val_{i}.JPEG").rename(f"data/tiny-imagenet-200/val/{wordnet_ids[val[i]]}/val_{i}.JPEG")
     completed = load()
     assert len(calls) == 1 and all(torch.equal(a, b) for a, b in zip(first[:4], completed[:4]))
+    shutil.rmtree("data")
+    zipfile.ZipFile(archive).extractall("data")
+    Path("data/tiny-imagenet-200/val/images/val_4.JPEG").unlink()  # killed while it was unpacking
+    completed = load()
+    assert len(calls) == 2 and all(torch.equal(a, b) for a, b in zip(first[:4], completed[:4]))
 
 
 def test_cifar5m_follows_cifar10_and_no_more_is_read_than_wanted(here, monkeypatch):
@@ -445,6 +450,8 @@ def test_cifar5m_follows_cifar10_and_no_more_is_read_than_wanted(here, monkeypat
         assert torch.equal(data.train_x, images[:k]) and torch.equal(data.train_y, labels[:k]) and torch.equal(data.test_x, cifar10.test_x)
     Path("data/cifar5m/part1.npz").write_bytes(b"garbage")
     assert len(distill.load_data("cifar5m", n=10).train_x) == 10
+    with pytest.raises(Problem, match="part1.npz is damaged"):
+        distill.load_data("cifar5m", n=11)
     Path("data/cifar5m/part0.npz").write_bytes(b"garbage")
     assert len(distill.load_data("cifar5m", n=6).train_x) == 6
 

@@ -319,8 +319,8 @@ def figures(runs):
     if groups := there(**{name[4:]: name for name in ("raw-resnet18-eps0", "raw-vgg11-eps1e-10", "raw-vgg11-epsinf")}):
         plots["fig17"] = [("", "epoch", "KL (nats)", {"yscale": "log"}, over(groups, "kl"), {}),
                           ("", "epoch", "distance from init ‖θ−θ₀‖", {}, over(groups, "distance"), {})]
-    if groups := there(**{f"{arch}, round 2": f"fig18-{arch}" for arch in NEAR}):
-        groups |= there(**{f"{arch}, round 1": f"cifar10-{arch}" for arch in NEAR})
+    if there(**{arch: f"fig18-{arch}" for arch in NEAR}):
+        groups = there(**{f"{arch}, round {i + 1}": f"{start}-{arch}" for arch in NEAR for i, start in enumerate(("cifar10", "fig18"))})
         plots["fig18"] = [("", "epoch", accuracy, {}, over(groups), {}), ("", "epoch", "KL (nats)", {"yscale": "log"}, over(groups, "kl"), {})]
     if 0 in (groups := by_alpha("fig3-eps")):  # in miniature
         plots["mini-fig3"] = [(title, "locality α", "test accuracy (%)", {}, {"student": bests(groups, probe)},
@@ -406,7 +406,8 @@ def main(argv=None):
             (f"{name} ({len(group)})", *(cell(group, probe) for probe in PROBES), page.notes(group)) for name, group in small.items()])
 
     draw(figures(runs) | figures({name: group for name, group in small.items() if name.startswith("fig3-")}), args.figures)
-    pictures = sorted(path.stem for path in args.figures.glob("*.png"))  # those of prune.py and landscape.py, too
+    number = lambda name: (name.startswith("mini"), int(re.search(r"\d+", name)[0]))
+    pictures = sorted((path.stem for path in args.figures.glob("*fig*.png")), key=number)  # those of prune.py and landscape.py, too
     if pictures:
         write("## Pictures\n")
         page.lines += [f"**{name}**\n\n![{name}]({os.path.relpath(args.figures / name, args.out.parent)}.png)\n" for name in pictures]
