@@ -10,7 +10,7 @@ data flows: models, data, student initialisation, loss, the training loop, check
 """
 import argparse, csv, fcntl, hashlib, io, json, math, os, pickle, platform, re, shutil, signal, socket, subprocess, sys, time
 import warnings, zipfile, zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -247,19 +247,23 @@ def stratified_subset(labels, n):
 
 @contextmanager
 def downloading(url, folder, size):
-    """Say what is about to be downloaded, if `folder` is not there, and turn what may go wrong into one line."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / ".downloading", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of jobs that start together one downloads, and the others wait for it
-        if not folder.exists():
-            print(f"downloading {url} ({size}) to {folder.parent}/; from a mirror: --mirror URL; without a download: "
-                  f"--dataset leaves", flush=True)
-        socket.setdefaulttimeout(60)  # a silent host is an error, not a wait for ever
-        try:
-            yield
-        except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
-            raise Problem(f"cannot download {url} ({str(error).splitlines()[0]}): use --dataset leaves, a folder of images, or "
-                          f"--mirror URL of a directory that holds {url.rpartition('/')[2]}")
+    """Say what is about to be downloaded, if `folder` is not there, and turn what may go wrong into one line.
+
+    Of jobs that start together one downloads, and the others wait for its lock.
+    """
+    with suppress(OSError):  # a read-only folder, or a file system without locks: then without
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.parent / ".downloading", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, as it is when this function has ended
+    if not folder.exists():
+        print(f"downloading {url} ({size}) to {folder.parent}/; from a mirror: --mirror URL; without a download: "
+              f"--dataset leaves", flush=True)
+    socket.setdefaulttimeout(60)  # a silent host is an error, not a wait for ever
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        raise Problem(f"cannot download {url} ({str(error).splitlines()[0]}): use --dataset leaves, a folder of images, or "
+                      f"--mirror URL of a directory that holds {url.rpartition('/')[2]}")
 
 
 def archive(name, data_dir, mirror):
@@ -294,6 +298,7 @@ def tiny_imagenet(data_dir, mirror):
                 if (unsorted / image).exists():  # else an interrupted call has moved it
                     (unsorted / image).rename(folder / "val" / wordnet_id / image)
             unsorted.rmdir()
+        shutil.rmtree(folder / "test", ignore_errors=True)  # images without labels, which one would take for the test part
     return folder
 
 
@@ -507,7 +512,8 @@ def join_processes(device):
         if local >= torch.cuda.device_count():
             raise Problem(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
         torch.cuda.set_device(local)  # from here on "cuda" is this process's GPU
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))  # the others wait for probes
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2),  # the others wait for probes
+                            device_id=torch.device("cuda", local) if device.type == "cuda" else None)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -593,7 +599,7 @@ def test_accuracy(network, images, labels, stats, autocast):
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
-FORMATS = {"distill.py": "random-teachers-1", "prune.py": "random-teachers-prune-1", "landscape.py": "random-teachers-connect-1"}
+FORMATS = {"distill.py": "random-teachers-2", "prune.py": "random-teachers-prune-1", "landscape.py": "random-teachers-connect-1"}
 
 
 def write_atomically(path, write):
@@ -685,15 +691,18 @@ def load_checkpoint(path, device="cpu"):
     return *(network.encoder.eval().requires_grad_(False).to(device) for network in networks), config
 
 
-def provenance():
+def provenance(device):
     """On what, and by which version of this code: {"hardware", "torch", "commit"}, kept beside every result."""
     cpuinfo = Path("/proc/cpuinfo")
     cpu = re.search("model name.*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    hardware = (torch.cuda.get_device_name() if torch.cuda.is_available() else
+    hardware = (torch.cuda.get_device_name() if device.type == "cuda" else
                 f"{os.cpu_count()} cores of {cpu[1] if cpu else platform.processor() or platform.machine()}")
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--exclude=*"],
-                         capture_output=True, text=True) if shutil.which("git") else None
-    return {"hardware": hardware, "torch": torch.__version__, "commit": git.stdout.strip() if git else ""}
+    commit = ""
+    if shutil.which("git"):
+        git = lambda *words: subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True)
+        commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+        commit += "-dirty" * (git("diff", "--quiet", "HEAD", "--", "*.py", "run_all.sh").returncode == 1)  # not for a new report
+    return {"hardware": hardware, "torch": torch.__version__, "commit": commit}
 
 
 def fingerprint(module):
@@ -734,7 +743,7 @@ def parse_args(argv=None):
     (parser, add), positive = make_parser(__doc__), at_least(1, int)
     add("--arch", "encoder; on a CPU take resnet20", "resnet18", choices=ARCHS)
     add("--init-eps", "student = (teacher + ε·draw)/√(1+ε²): 0 starts at the teacher, inf independently of it; the paper's "
-        "α = ε/(1+ε), so α=0.5 is ε=1 and α=0.6 is ε=1.5. Without batch norm (vgg*) 0 is a fixed point that only rounding "
+        "α = ε/(1+ε), so α=0.5 is ε=1 and α=0.6 is ε=1.5. Without batch norm (vgg*, vit*) 0 is a fixed point that only rounding "
         "leaves; the paper's α≈0 is 1e-10", 0.0, type=at_least(0, float), metavar="ε")
     add("--dataset", f"{', '.join(DATASETS)}, or a folder that holds train/<class>/ and test/<class>/ (or val/)", "cifar10")
     add("--probe-dataset", "labelled data for the probes (default: --dataset); noise needs it")
@@ -755,7 +764,7 @@ def parse_args(argv=None):
     add("--epochs", "passes over the training images", 100, type=positive)
     add("--steps", "stop after so many steps, if that is earlier", type=positive)
     add("--batch-size", "images a step", 256, type=positive)
-    add("--lr", "AdamW's constant learning rate; weight decay is 0", 1e-3, type=at_least(0, float))
+    add("--lr", "constant learning rate; weight decay is 0", 1e-3, type=at_least(0, float))
     add("--seed", "of the teacher, the student's draw and the order of the data", 0, type=at_least(0, int))
     add("--device", "auto: cuda where there is one", "auto", choices=("auto", "cpu", "cuda"))
     add("--amp", "16-bit encoder; auto: where the hardware is fast at it and the encoder has batch norm; VGG needs float32", "auto",
@@ -765,7 +774,7 @@ def parse_args(argv=None):
     add("--out", "run directory (default: runs/<dataset>-<arch>-eps<ε>-seed<seed>)", type=Path)
     add("--resume", "go on from the run directory's checkpoint, if there is one", False, action="store_true")
     add("--data-dir", "where downloads and caches go", "data")
-    add("--mirror", "URL of a directory with the CIFAR archives; or set DATA_MIRROR", os.environ.get("DATA_MIRROR"))
+    add("--mirror", "URL of a directory with the archives to download; or set DATA_MIRROR", os.environ.get("DATA_MIRROR"))
     args = parser.parse_args(argv)
     if args.dataset == "noise" and args.probe_dataset in (None, "noise"):
         parser.error("noise has no labels: name a labelled data set with --probe-dataset, for example leaves")
@@ -782,6 +791,7 @@ def parse_args(argv=None):
 
 
 MAY_CHANGE = {"epochs", "steps", "log_every", "eval_every", "resume", "device", "out", "data_dir", "mirror"}  # on --resume
+PROBES = {"linear_paper": "linear (paper)", "linear_converged": "linear (converged)", "knn": "k-NN"}  # by probe.py
 LOG_COLUMNS = ("step", "epoch", "kl", "distance", "images_per_s", "linear_paper", "linear_paper_last", "linear_converged", "knn")
 
 
@@ -809,7 +819,7 @@ def check_same(out, before, config, may_change):
 
 
 def main(argv=None):
-    from probe import PROBES, evaluate  # here, because probe.py imports this file
+    from probe import evaluate  # here, because probe.py imports this file
     args = parse_args(argv)
     device = pick_device(args.device)
     rank, processes = join_processes(device)
@@ -818,8 +828,12 @@ def main(argv=None):
     config, path = {**vars(args), "out": str(args.out)}, args.out / "last.pt"
     checkpoint = open_run(args.out, config)
     args.amp = config["amp"] = pick_amp(config["amp"], device, args.arch, args.norm)
+    if processes > 1:
+        dist.all_gather_object(found := [None] * processes, checkpoint and checkpoint["step"])
+        if len(set(found)) > 1:
+            raise Problem(f"not all processes see the same {path}: put --out on a disk that all nodes share")
     same_length = checkpoint and all(checkpoint["config"][key] == config[key] for key in ("epochs", "steps"))
-    if same_length and checkpoint["step"] == checkpoint["steps"]:
+    if same_length and checkpoint["step"] == checkpoint["steps"] and "knn" in checkpoint["log"][-1]:
         return print(f"{args.out}: all {checkpoint['steps']:,} steps are done")
 
     # Data: the student sees `images` alone; labels are for the probes
@@ -830,12 +844,13 @@ def main(argv=None):
     probe_data = (load(args.probe_dataset) if args.probe_dataset else data).to(device)
     if rank == 0 and processes > 1:
         dist.barrier()
-    images = data.train_x[stratified_subset(data.train_y, args.n_samples) if args.n_samples else slice(None)].to(device)
+    some = args.n_samples not in (None, len(data.train_y))
+    images = data.train_x[stratified_subset(data.train_y, args.n_samples) if some else slice(None)].to(device)
     stats, n = channel_stats(images), len(images)
     per_epoch = math.ceil(n / args.batch_size)
     steps = min(args.epochs * per_epoch, args.steps or math.inf)
     step, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
-    if step >= steps:
+    if step > steps or step == steps and "knn" in log[-1]:
         return print(f"{args.out}: all {steps:,} steps are done")
     if (n % args.batch_size or args.batch_size) < processes:
         raise Problem(f"an epoch's last batch has {n % args.batch_size or args.batch_size} images for {processes} processes: take "
@@ -877,9 +892,9 @@ def main(argv=None):
             table = torch.cat([teacher.bottleneck(normalise(x, stats), full_precision) for x in images.split(args.batch_size)])
 
     def batch_loss(index):
-        """Indices (B,) of images -> the KL of the student from the teacher.
+        """Indices (B,) of images -> the KL of the student from the teacher, or another --loss.
 
-        With several processes each takes its share of the batch, and the mean of what they return is the KL of the batch.
+        With several processes each takes its share of the batch, and the mean of what they return is the loss of the batch.
         """
         share = index.tensor_split(processes)[rank]
         x = normalise(images[share], stats)
@@ -906,29 +921,37 @@ def main(argv=None):
 
     scores = lambda probes: "".join(f"{probes[probe]:20.2f}" for probe in PROBES if probes)
 
-    def log_row(kl, speed, probes):
-        """One line on the screen and in log.csv: mean KL and images/s since the last line, and any probes (%)."""
-        log.append({"step": step, "epoch": step / per_epoch, "kl": kl, "distance": distance(theta, theta_0),
-                    "images_per_s": speed, **probes})
+    def log_row(kl, speed):
+        """Add a row to the log: mean KL and images/s since the last one. Its probes (%) come later, if it has any."""
+        log.append({"step": step, "epoch": step / per_epoch, "kl": kl, "distance": distance(theta, theta_0), "images_per_s": speed})
+
+    def show_row(probes):
+        """Complete the last row of the log, on the screen and in log.csv."""
+        log[-1].update(probes)
         if rank == 0:
             write_csv(args.out / "log.csv", LOG_COLUMNS, log)
+        kl, far, speed = (log[-1][key] for key in ("kl", "distance", "images_per_s"))
         eta = timedelta(seconds=round((steps - step) * args.batch_size / speed)) if speed else ""
-        print(f"{step:7d} {step / per_epoch:7.1f} {kl:10.3e} {log[-1]['distance']:9.3f} {speed:9.0f} {eta!s:>9}" + scores(probes),
-              flush=True)
+        print(f"{step:7d} {step / per_epoch:7.1f} {kl:10.3e} {far:9.3f} {speed:9.0f} {eta!s:>9}" + scores(probes), flush=True)
 
     print(f"{args.arch} on {args.dataset}: {n:,} images, {steps:,} steps of {args.batch_size}, m={args.out_dim:,}, "
-          f"ε={args.init_eps:g}, seed {args.seed}, {device.type}{f' x {processes}' * (processes > 1)}, amp {args.amp} -> {args.out}")
+          f"ε={args.init_eps:g}, seed {args.seed}, {device.type}{f' x {processes}' * (processes > 1)}, amp {args.amp} "
+          f"-> {args.out}")
     print(f"{'step':>7} {'epoch':>7} {'MSE' if args.loss == 'mse' else 'KL (nats)':>10} {'from init':>9} {'images/s':>9} {'ETA':>9}"
           + "".join(f"{title:>20}" for title in PROBES.values()), flush=True)
     before = read_json(args.out / "run.json") if checkpoint and (args.out / "run.json").exists() else {}
     teacher_probes = before.get("teacher_probes") or probe(teacher.encoder)
     print(f"{'teacher':>7}{'':49}" + scores(teacher_probes), flush=True)
-    made = [*before.get("made", []), {**provenance(), "processes": processes, "from_step": step}]  # it may go on elsewhere
+    made = [*before.get("made", []), {**provenance(device), "processes": processes, "from_step": step}]  # it may go on elsewhere
     if rank == 0:
         about = {"n_images": n, "total_steps": steps, "teacher_probes": teacher_probes, "made": made}
         write_json(args.out / "run.json", {**config, **about})
     if step == 0:  # at ε=0 the student's encoder is still the teacher's
-        log_row(math.nan, 0, teacher_probes if args.init_eps == 0 else probe(student.encoder))
+        log_row(math.nan, 0)
+        show_row(teacher_probes if args.init_eps == 0 else probe(student.encoder))
+    elif (step == steps or step % eval_every == 0) and log[-1]["step"] == step and "knn" not in log[-1]:
+        show_row(probe(student.encoder))  # it was killed while it probed
+        save()
 
     # Train, and between the steps log, probe and save
     interrupted = []
@@ -953,9 +976,10 @@ def main(argv=None):
             if not math.isfinite(value):  # the distance stands for the next step's loss
                 raise Problem(f"the loss became {value} at step {i}: lower --lr or take --amp off; what {args.out} held is kept")
         speed = len(losses) * args.batch_size / (time.time() - clock)
+        log_row(sum(losses) / len(losses), speed)
         if probing:
             save()  # a probe can take longer than its steps, and fail
-        log_row(sum(losses) / len(losses), speed, probe(student.encoder) if probing else {})
+        show_row(probe(student.encoder) if probing else {})
         if log[-1]["kl"] == log[-1]["distance"] == 0 and len(log) == 2:
             print("the student has not moved: without batch norm ε=0 is a fixed point, and here nothing rounds it away "
                   "(README, \"The fixed point\"); take --init-eps 1e-10", flush=True)

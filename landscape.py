@@ -25,7 +25,7 @@ from torch.optim.swa_utils import update_bn
 from distill import (ARCHS, FORMATS, SHAPE, KLDivergence, Problem, amp_tools, at_least, augment, channel_stats, check_same,
                      classifier, classify, distance, fingerprint, init_student, kl_by_log_softmax, learning_rate,
                      load_checkpoint, load_data, load_networks, make_parser, normalise, open_run, pick_amp, pick_device,
-                     random_network, run_cli, stratified_subset, test_accuracy, train, write_atomically)
+                     provenance, random_network, run_cli, stratified_subset, test_accuracy, train, write_atomically)
 
 
 # ---- Options and files -----------------------------------------------------------------------------------------------
@@ -57,8 +57,9 @@ def subset(x, y, n, device):
     return x[index].to(device), y[index].to(device)
 
 
-def save_npz(path, config, arrays):
-    write_atomically(path, lambda file: np.savez(file, config=json.dumps(config), **arrays))
+def save_npz(path, config, device, arrays):
+    config = json.dumps({**config, "made": provenance(device)})
+    write_atomically(path, lambda file: np.savez(file, config=config, **arrays))
 
 
 def read_npz(path):
@@ -81,7 +82,7 @@ def add_common(add, out):
     add("--out", out, type=Path)
     add("--resume", "go on with what an interrupted call has left, to the same numbers", False, action="store_true")
     add("--data-dir", "where downloads and caches go", "data")
-    add("--mirror", "URL of a directory with the CIFAR archives; or set DATA_MIRROR", os.environ.get("DATA_MIRROR"))
+    add("--mirror", "URL of a directory with the archives to download; or set DATA_MIRROR", os.environ.get("DATA_MIRROR"))
 
 
 # ---- Geometry: points of a plane, or of a line, as mixtures of networks ----------------------------------------------
@@ -371,7 +372,7 @@ def plane(argv):
         kl, *features = zip(*(measure(weight) for weight in weights[chunk]))
         x, test = (torch.stack(part) for part in features)
         if not (np.isfinite(kl).all() and x.isfinite().all() and test.isfinite().all()):
-            save_npz(args.out, config, arrays)
+            save_npz(args.out, config, device, arrays)
             raise Problem(f"the network is not finite near {points[chunk][0].round(3)}: keep --x and --y closer to the anchors")
         arrays["kl"][chunk] = kl
         arrays["linear_paper"][chunk] = linear_probes_paper(x, labels, test, test_y, len(data.classes))
@@ -383,7 +384,7 @@ def plane(argv):
                 arrays["reconstruction_error"][i] = distance(moved(network), anchor) / arrays["norm"][i]
             print_anchors(arrays)
         if time.time() - saved > SAVE_EVERY or done == len(points):
-            save_npz(args.out, config, arrays)
+            save_npz(args.out, config, device, arrays)
             saved = time.time()
         if chunk.start == 0 or done * 10 // len(points) > shown * 10 // len(points):
             rate, shown = (time.time() - clock) / (done - first), done
@@ -547,7 +548,7 @@ def connect(argv):
         ends = f"{line[0]:.2f}, {line[-1]:.2f}"
         print(f"{f'{INITS[init]}, {a} to {b}':30}{ends:>16}{line.max():10.2f}{barrier(line):10.2f}", flush=True)
     errors = np.array(lines).reshape(len(INITS), len(pairs), args.points)
-    save_npz(args.out / "connect.npz", config, {"t": ts, "inits": np.array(list(INITS)), "pairs": np.array(pairs),
+    save_npz(args.out / "connect.npz", config, device, {"t": ts, "inits": np.array(list(INITS)), "pairs": np.array(pairs),
                                                 "error": errors, "barrier": barrier(errors)})
     for title, values in zip(INITS.values(), barrier(errors)):
         print(f"barrier, {title}: {mean_std(values)} points over {len(values)} pairs")

@@ -16,10 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill import (ARCHS, DATASETS, Problem, amp_tools, at_least, channel_stats, fingerprint, load_checkpoint, load_data,
+from distill import (ARCHS, DATASETS, PROBES, Problem, amp_tools, at_least, channel_stats, fingerprint, load_checkpoint, load_data,
                      normalise, pick_device, provenance, random_network, read_json, run_cli, write_json)
-
-PROBES = {"linear_paper": "linear (paper)", "linear_converged": "linear (converged)", "knn": "k-NN"}
 
 
 @torch.no_grad()
@@ -41,8 +39,8 @@ def accuracy(predicted, labels):
     return 100 * (predicted == labels).float().mean().item()
 
 
-def linear_probe_paper(train, test, n_classes, seed=0):
-    """The paper's linear probe (App. E): (best, last) test accuracy in % over ten epochs of AdamW at torch's defaults.
+def linear_probe_paper(train, test, n_classes, seed=0, epochs=10):
+    """The paper's linear probe (App. E): (best, last) test accuracy in % over its epochs of AdamW at torch's defaults.
 
     `train` and `test` are (features (n, r) float32, labels (n,)). Features are not standardised; one shuffle, then the
     same batches of 256 in every epoch. The paper's tables report the best epoch.
@@ -56,7 +54,7 @@ def linear_probe_paper(train, test, n_classes, seed=0):
     order = torch.randperm(len(x), generator=generator).to(device)
     batches = list(zip(x[order].split(256), y[order].split(256)))
     accuracies = []
-    for epoch in range(10):
+    for epoch in range(epochs):
         for features, labels in batches:
             optimizer.zero_grad()
             F.cross_entropy(head(features), labels).backward()
@@ -124,7 +122,8 @@ def evaluate(encoder, data, amp="off"):
     Images are normalised by the mean and standard deviation of `data`'s own training part; features are computed once.
     """
     stats = channel_stats(data.train_x)
-    train, test = ((extract_features(encoder, x, stats, amp), y) for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)))
+    parts = (data.train_x, data.train_y), (data.test_x, data.test_y)
+    train, test = ((extract_features(encoder, x, stats, amp), y) for x, y in parts)
     n_classes = len(data.classes)
     best, last = linear_probe_paper(train, test, n_classes)
     return {"linear_paper": best, "linear_paper_last": last,
@@ -217,7 +216,7 @@ def main(argv=None):
     add("--figure", type=Path, help="also draw accuracy over steps to this file (.png, .pdf)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one (default: auto)")
     add("--data-dir", default="data", help="where downloads and caches go (default: data)")
-    add("--mirror", default=os.environ.get("DATA_MIRROR"), help="URL of a directory with the CIFAR archives; or set DATA_MIRROR")
+    add("--mirror", default=os.environ.get("DATA_MIRROR"), help="URL of a directory with the archives to download; or set DATA_MIRROR")
     args = parser.parse_args(argv)
     if not args.runs and not (args.teacher and args.dataset):
         parser.error("name one or more run directories, or --teacher ARCH --dataset DATA")
@@ -232,7 +231,8 @@ def main(argv=None):
     data = load_data(dataset, image_size, args.data_dir, args.mirror).to(device)
     if len(data.test_y) == 0:
         raise Problem(f"{dataset} has no labels to probe: name a labelled data set with --dataset")
-    print(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, {len(data.classes)} classes, {device.type}")
+    print(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, {len(data.classes)} classes, "
+          f"{device.type}")
 
     results = read_json(args.json) if args.json and args.json.exists() else {}
     if results and not args.resume:
@@ -241,10 +241,11 @@ def main(argv=None):
 
     def probe(name, encoder):
         """The probes of an encoder, taken from the --json file if it has them, and kept there."""
-        known = results.get(name)
-        if known and any(known[key] != value for key, value in about.items() if key != "amp"):
-            raise Problem(f"{args.json} was measured on other data than {dataset}: name another file with --json")
-        results[name] = known or {**evaluate(encoder.to(device), data, args.amp), **about, **provenance()}
+        before = results.get(name, about)
+        if any(before[key] != value for key, value in about.items()):
+            raise Problem(f"{args.json} was measured on other data than {dataset}, or with another --amp: name another file with --json")
+        if name not in results:
+            results[name] = {**evaluate(encoder.to(device), data, args.amp), **about, **provenance(device)}
         if args.json:
             write_json(args.json, results)
         print(f"  {name}: " + ", ".join(f"{title} {results[name][probe]:.2f}" for probe, title in PROBES.items()), flush=True)

@@ -22,7 +22,7 @@ from torch import nn
 
 from distill import (ARCHS, FORMATS, MAY_CHANGE, Problem, amp_tools, at_least, augment, channel_stats, classifier, classify,
                      fingerprint, learning_rate, load_checkpoint, load_data, make_parser, open_run, pick_amp, pick_device,
-                     run_cli, stratified_subset, test_accuracy, train, write_atomically, write_csv, write_json)
+                     provenance, run_cli, stratified_subset, test_accuracy, train, write_atomically, write_csv, write_json)
 
 
 # ---- Masks -----------------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def control_of(ticket, seed):
 
 LOG_COLUMNS = ("round", "weights_left", "best_accuracy", "final_accuracy", "seconds")  # %, %, % (best: over the epochs' ends)
 FREE = (MAY_CHANGE - {"epochs"}) | {"run", "rounds", "start", "n_images", "distilled"}  # on --resume; or checked apart
-NO_SETTING = (MAY_CHANGE - {"epochs", "steps"}) | {"run", "rounds", "start", "seed"}  # in which repeats may differ
+NO_SETTING = (MAY_CHANGE - {"epochs", "steps"}) | {"run", "rounds", "start", "seed", "made"}  # in which repeats may differ
 SHOWN = {"init", "rewind_epoch", "control", "epochs", "dataset", "n_images", "distilled arch"}  # in label or title
 
 
@@ -188,7 +188,7 @@ def parse_args(argv=None):
     add("--resume", "go on with the curve, if there is one, to the same numbers (on a CPU to the last bit)", False,
         action="store_true")
     add("--data-dir", "where downloads and caches go", "data")
-    add("--mirror", "URL of a directory with the CIFAR archives; or set DATA_MIRROR", os.environ.get("DATA_MIRROR"))
+    add("--mirror", "URL of a directory with the archives to download; or set DATA_MIRROR", os.environ.get("DATA_MIRROR"))
     args = parser.parse_args(argv)
     if args.rewind_epoch >= args.epochs:
         parser.error(f"--rewind-epoch {args.rewind_epoch} is beyond the run: it must be less than --epochs {args.epochs}")
@@ -334,7 +334,7 @@ def main(argv=None):
             save()
             saved = time.time()
             show(log[-1])
-        write_json(out / "config.json", config)
+        write_json(out / "config.json", {**config, "made": provenance(device)})
         write_csv(out / "log.csv", LOG_COLUMNS, log)
         if prunings >= args.rounds:
             return print(f"{out}: all {args.rounds} rounds are done")

@@ -78,14 +78,15 @@ CIFAR10=${CIFAR10:-cifar10} TINYIMAGENET=${TINYIMAGENET:-tinyimagenet}
 VIT="vit-tiny vit-small vit-medium vit-base"
 ARCHS="vgg11 vgg13 vgg16 vgg19 resnet20 resnet56 resnet18 resnet34 resnet50 $VIT"
 
-minutes() {  # ARCH, thousands of images it trains on -> minutes at 20 TFLOP/s, or at 10 ms a batch of 256 if that is more
-    local encoder=30  # million multiply-adds an image
+minutes() {  # ARCH, thousands of images it trains on -> minutes, guessed: 20 TFLOP/s in 16 bits, 8 in float32; 10 ms a step
+    local encoder=30 rate=8  # million multiply-adds an image, TFLOP/s
     case $1 in
         vgg11) encoder=153;; vgg13) encoder=229;; vgg16) encoder=314;; vgg19) encoder=399;; resnet20) encoder=41;;
         resnet56) encoder=126;; resnet18) encoder=556;; resnet34) encoder=1160;; resnet50) encoder=1300;;
         vit-small) encoder=105;; vit-medium) encoder=185;; vit-base) encoder=420;;
     esac
-    local work=$(((encoder * 6 + 170) * $2 / 20000)) wait=$(($2 * 10 / 256))  # seconds; 170: the projector, both networks' logits
+    case $1 in resnet*) rate=20;; esac
+    local work=$(((encoder * 6 + 170) * $2 / rate / 1000)) wait=$(($2 * 10 / 256))  # seconds; 170: the projector, both networks' logits
     echo $(((work > wait ? work : wait) / 60 + 1))
 }
 
@@ -124,8 +125,9 @@ paper() {
     for arch in resnet18 vgg11; do for eps in $(near $arch) 0.1 0.5 1.5 4 inf; do
         distil "fig3-$arch-eps$eps" $arch 7500 "--dataset $CIFAR10 --epochs 150 --init-eps $eps"
     done; done
-    # Fig. 4: n images, always as many steps as 100 epochs of 50,000 have; beyond 50,000 with CIFAR-5M; Gaussian noise
-    for n in 500 1000 2000 5000 10000 15000 50000 100000 200000 750000 1000000 5000000; do
+    # Fig. 4: n images, always as many steps as 100 epochs of 50,000 have (which are those of Table 5's VGG11); beyond them with
+    # CIFAR-5M; Gaussian noise
+    for n in 500 1000 2000 5000 10000 15000 100000 200000 750000 1000000 5000000; do
         [ $n -le 50000 ] && images="$CIFAR10" || images="cifar5m --probe-dataset $CIFAR10"
         distil "fig4-n$n" vgg11 5000 "--dataset $images --n-samples $n --epochs 10000 --steps 19600 --init-eps 1e-10"
     done
@@ -135,14 +137,14 @@ paper() {
     # Fig. 5, 13 to 17: the released code's last layer, whose rows are not normalised
     for eps in 1e-10 inf; do distil "raw-vgg11-eps$eps" vgg11 5000 "--dataset $CIFAR10 --bottleneck lf/l --init-eps $eps"; done
     distil raw-resnet18-eps0 resnet18 5000 "--dataset $CIFAR10 --bottleneck lf/l --init-eps 0"
-    # Fig. 10 (m = 65,536 is the student of Table 1), 11 and 12, and other losses and optimisers
+    # Fig. 10 (m = 65,536 is the student of Table 1), 11 and 12 (lf/wl is, too; lf/l is above), and other losses and optimisers
     for m in 1 4 16 64 256 1024 4096 16384; do
         distil "fig10-m$m" resnet18 5000 "--dataset $CIFAR10 --out-dim $m"
     done
     for norm in instance group layer none; do
         distil "fig11-$norm" resnet18 5000 "--dataset $CIFAR10 --norm $norm --init-eps 1e-10"
     done
-    for parts in lf/l l/wl l/l f/wl lf/; do
+    for parts in l/wl l/l f/wl lf/; do
         distil "fig12-${parts/\//-}" resnet18 5000 "--dataset $CIFAR10 --bottleneck $parts"
     done
     distil loss-mse resnet18 5000 "--dataset $CIFAR10 --loss mse"
@@ -234,14 +236,17 @@ run() {  # STAGES...: all their jobs, as many at once as there are GPUs
 report() {  # [DIRECTORY with paper/ and mini/ in it]; a picture that cannot be drawn says why and stops no other
     local root=${1:-runs} page=results/REPORT.md figures=figures/report curves=() lines=() run plane
     [ -z "${TOY:-}" ] || root=runs/toy page=runs/toy/REPORT.md figures=runs/toy/figures
+    rm -f $figures/*fig*.png  # whatever another report has left
     for run in "$root"/paper/cifar10-resnet18-seed*; do
         compgen -G "$run/*/config.json" >/dev/null && curves+=("$run")
         [ ! -e "$run/connect/connect.npz" ] || lines+=("$run/connect/connect.npz")
     done
     [ ${#curves[@]} = 0 ] || "$PY" prune.py plot "${curves[@]}" --figure $figures/fig8.png || true
     [ ${#lines[@]} = 0 ] || "$PY" landscape.py plot "${lines[@]}" --figure $figures/fig9.png || true
-    for plane in "$root"/paper/fig*.npz; do
-        [ ! -e "$plane" ] || "$PY" landscape.py plot "$plane" --figure "$figures/$(basename "$plane" .npz).png" || true
+    local fig5=("$root"/paper/fig5-*.npz)  # in the colours of the paper
+    [ ! -e "${fig5[0]}" ] || "$PY" landscape.py plot "${fig5[@]}" --kl-range 1e-7 1e-3 --accuracy-range 10 50 --figure $figures/fig5.png || true
+    for plane in "$root"/paper/fig1[3-6]-*.npz; do
+        [ ! -e "$plane" ] || "$PY" landscape.py plot "$plane" --kl-range 1e-6 1 --figure "$figures/$(basename "$plane" .npz).png" || true
     done
     "$PY" -m results.report "$root" --out $page --figures $figures
 }

@@ -401,7 +401,7 @@ def test_tiny_imagenet_is_downloaded_once_and_its_validation_images_are_sorted(m
     for label, name in enumerate(wordnet_ids):
         files |= {f"train/{name}/images/{name}_{i}.JPEG": image(label) for i in range(3)} | {f"train/{name}/{name}_boxes.txt": b"0\t0\t62\t62\n"}
     files["val/val_annotations.txt"] = "".join(f"val_{i}.JPEG\t{wordnet_ids[y]}\t0\t0\t62\t62\n" for i, y in enumerate(val)).encode()
-    files |= {f"val/images/val_{i}.JPEG": image(y) for i, y in enumerate(val)}
+    files |= {f"val/images/val_{i}.JPEG": image(y) for i, y in enumerate(val)} | {"test/images/test_0.JPEG": image(0)}
     archive = here / "www/tiny-imagenet-200.zip"
     pack(archive, {f"tiny-imagenet-200/{name}": content for name, content in files.items()})
     load = lambda: distill.load_data("tinyimagenet", mirror=mirror)
@@ -593,7 +593,7 @@ def test_run_json_holds_settings_the_teachers_probes_and_where_it_was_made(folde
     assert (made["torch"], made["processes"], made["from_step"]) == (torch.__version__, 1, 0)
     probed, evaluate = [], probe.evaluate
     monkeypatch.setattr(probe, "evaluate", lambda *args: probed.append(args) or evaluate(*args))
-    monkeypatch.setattr(distill, "provenance", lambda: {"hardware": "elsewhere"})
+    monkeypatch.setattr(distill, "provenance", lambda device: {"hardware": "elsewhere"})
     run(folder, "--steps", 3, "--n-samples", 30, "--init-eps", "inf", "--seed", 3, "--resume")
     after = read()
     assert after["made"] == [made, {"hardware": "elsewhere", "processes": 1, "from_step": 2}]
@@ -689,6 +689,22 @@ def test_sigterm_saves_and_resume_goes_on_to_the_same_result(folder, tmp_path):
     assert a["step"] == stopped + 2 and same(a["student"], b["student"])
 
 
+def test_a_run_killed_while_it_probes_loses_no_probe(folder, here, monkeypatch):
+    options = ["--steps", 4, "--log-every", 1, "--eval-every", 2, "--amp", "off"]
+    whole, evaluate = run(folder, *options), probe.evaluate
+    for number in (3, 4):  # the teacher's (and, at ε = 0, the student's), then those after steps 2 and 4
+        calls = itertools.count(2)
+        monkeypatch.setattr(probe, "evaluate", lambda *args: evaluate(*args) if next(calls) != number else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(folder, *options, out=f"runs/{number}")
+        monkeypatch.setattr(probe, "evaluate", evaluate)
+        assert run(folder, *options, "--resume", out=f"runs/{number}")["step"] == 4
+        with open(f"runs/{number}/log.csv") as mine, open("runs/a/log.csv") as theirs:
+            columns = lambda file: [[row[key] for key in ("step", "kl", "distance", "linear_paper", "knn")] for row in csv.DictReader(file)]
+            assert columns(mine) == columns(theirs)
+        assert same(distill.read_checkpoint(f"runs/{number}")["student"], whole["student"])
+
+
 def test_load_checkpoint(folder, here):
     checkpoint = run(folder, "--steps", 2)
     for path in ("runs/a", "runs/a/last.pt"):
@@ -777,6 +793,30 @@ def test_probe_table_json_and_figure(folder, tmp_path):
         assert summary["student runs/s-seed1"][name] == pytest.approx(float(last[name]), abs=1e-3)
     assert json.loads((tmp_path / f"runs/s-seed0/probe-{folder.name}.json").read_text())["raw"]["knn"] == summary["raw pixels"]["knn"]
     assert Image.open(tmp_path / "out/f.png").size[0] > 1000
+
+
+def test_what_the_json_file_holds_is_not_probed_again(folder, here, monkeypatch, capsys):
+    command = ["--teacher", "resnet20", "--dataset", folder, "--json", "t.json", "--device", "cpu"]
+    probe.main(list(map(str, [*command, "--seeds", 0, 3])))
+    before = json.loads(Path("t.json").read_text())
+    assert list(before) == ["raw pixels", "teacher resnet20 seed 0", "teacher resnet20 seed 3"]
+    assert before["teacher resnet20 seed 0"]["linear_paper"] != before["teacher resnet20 seed 3"]["linear_paper"] or \
+        before["teacher resnet20 seed 0"]["knn"] != before["teacher resnet20 seed 3"]["knn"]
+    problem(probe.main, *command, says=["t.json exists", "--resume"])
+    seen, evaluate = [], probe.evaluate
+    monkeypatch.setattr(probe, "evaluate", lambda encoder, data, amp: seen.append(amp) or evaluate(encoder, data, amp))
+    probe.main(list(map(str, [*command, "--seeds", 3, 1, "--resume"])))
+    after = json.loads(Path("t.json").read_text())
+    assert seen == ["off"] and {**after, **before} == after and len(after) == 4
+    problem(probe.main, *command, "--resume", "--amp", "bf16", says=["--amp", "--json"])
+    problem(probe.main, "--teacher", "resnet20", "--dataset", "leaves", "--json", "t.json", "--resume", says=["other data than leaves"])
+    Path("t.json").write_text("{")
+    problem(probe.main, *command, "--resume", says=["t.json is truncated"])
+    types = []
+    encoder = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.Flatten())
+    encoder[0].register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    x = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    assert probe.extract_features(encoder, x, distill.channel_stats(x), "bf16").dtype == torch.float32 and types == [torch.bfloat16]
 
 
 # ---- Pruning ---------------------------------------------------------------------------------------------------------
@@ -1588,7 +1628,7 @@ def test_seeds_differ_in_their_number_alone():
     lines = listed()
     own = lambda seed: [re.sub(r"(seed ?)\d", r"\1N", line) for line in lines
                         if set(re.findall(r"seed ?(\d)", line)) == {str(seed)} and "landscape.py plane" not in line]
-    assert own(0) == own(1) == own(2) and len(own(0)) > 75
+    assert own(0) == own(1) == own(2) and len(own(0)) > 70
     assert own(3) == own(4) and len(own(3)) == 6 and set(own(3)) < set(own(0))  # Fig. 8: a student and five curves
     alone = [re.sub(r"(seed ?)\d", r"\1N", line) for line in listed(SEEDS="1") if "--seed 1" in line]
     assert alone == [line for line in own(1) if "--seed N" in line]
@@ -1687,7 +1727,7 @@ def test_verdicts_follow_their_rule(tmp_path):
     paper = tmp_path / "paper"
     for seed, scores in enumerate(([30, 47, 45], [30, 45, 46.5])):  # best 47 and 46.5 where the paper has 46.02; last 45 and 46.5
         finished(paper, f"cifar10-resnet18-seed{seed}", scores, seed=seed)
-    finished(paper, "cifar100-vgg11-seed0", [5, 10, 20])
+    finished(paper, "cifar100-vgg11-seed0", [60, 10, 20])  # what is before the first step is not the student's
     finished(paper, "stl10-vgg11-seed0", [5, 10], steps=2)  # it is not at its end
     finished(paper, "fig4-n500-seed0", [5, 50, 43.7])
     for seed, score in enumerate((10, 60)):  # far from 45.94, but so is one of ours from the other
@@ -1710,6 +1750,7 @@ def test_claims_follow_their_rule(tmp_path):
     for m in (1, 4, 16, 64, 256, 1024, 4096, 16384):
         finished(paper, f"fig10-m{m}-seed0", [30, 30, 46 if m >= 256 else 36], out_dim=m)
     finished(paper, "cifar10-resnet18-seed0", [30, 42, 46], out_dim=65536)
+    finished(paper, "cifar10-resnet18-seed1", [30, 90, 90], out_dim=65536, seed=1)  # no other has this teacher
     finished(paper, "fig12-lf-l-seed0", [30, 40, 45])
     finished(paper, "fig12-l-wl-seed0", [30, 40, 41])
     finished(paper, "fig18-resnet18-seed0", [46, 46, 46])
@@ -1717,13 +1758,15 @@ def test_claims_follow_their_rule(tmp_path):
     rows, page = reported(tmp_path)
     verdicts = {label: row[2] for label, row in rows.items() if len(row) == 4}
     assert verdicts["Fig. 1, resnet18"] == verdicts["Fig. 3, resnet18"] == verdicts["Fig. 10, resnet18"] == verdicts["Fig. 12, resnet18"] == "shows"
-    assert verdicts["Fig. 3, vgg11"] == "does not show" and rows["Fig. 3, vgg11"][1].endswith("46.00, 45.50, 46.00, 45.00, 43.00, 40.00; teacher 41.00")
-    assert verdicts["Fig. 18, resnet18"] == verdicts["loss-mse"] == "does not show" and rows["loss-mse"][1] == "46.00 → 43.00"  # 18: the KL is no lower
+    assert verdicts["Fig. 3, vgg11"] == "does not show" and "46.00, 45.50, 46.00, 45.00, 43.00, 40.00; teacher 41.00" in rows["Fig. 3, vgg11"][1]
+    assert verdicts["Fig. 18, resnet18"] == verdicts["loss-mse"] == "does not show" and rows["loss-mse"][1] == "46.00 → 43.00 (n = 1)"  # 18: the KL is no lower
     assert verdicts["Fig. 9, resnet18"] == verdicts["Fig. 11, resnet18"] == verdicts["Fig. 17, raw-resnet18-eps0"] == "missing"
     assert page.count("](figures/fig3.png)") == 1 and Image.open(tmp_path / "figures/fig3.png").size[0] > 1000
 
 
 def test_the_committed_report_and_pictures_come_from_the_committed_logs(here):
+    if subprocess.run(["git", "-C", REPO, "diff", "--quiet", "HEAD", "--", "results"]).returncode:
+        pytest.skip("results/ is not as it was committed")
     report.main([str(REPO / "results/cpu"), "--out", "results/REPORT.md", "--figures", "figures/report"])
     assert Path("results/REPORT.md").read_text().replace(f"`{REPO}/", "`") == (REPO / "results/REPORT.md").read_text()
     landscape.main(["plot", str(REPO / "results/cpu/plane.npz"), "--figure", "plane.png"])
