@@ -621,9 +621,11 @@ def test_two_processes_train_as_one(folder, here):
     assert json.loads(Path("runs/b/run.json").read_text())["made"][0]["processes"] == 2
 
 
-def test_a_batch_that_is_too_small_for_the_processes_is_refused(folder, here, monkeypatch):
+def test_a_batch_too_small_for_the_processes_is_refused_and_so_is_a_disk_that_they_do_not_share(folder, here, monkeypatch):
     monkeypatch.setattr(distill, "join_processes", lambda device: (0, 3))
     monkeypatch.setattr(distill.dist, "barrier", lambda: None)
+    steps = [None] * 3  # of the checkpoint that each process sees
+    monkeypatch.setattr(distill.dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), steps))
     monkeypatch.setattr(distill, "DistributedDataParallel", lambda student: 1 / 0)
     for batch_size, images in ((58, 2), (59, 1), (2, 2)):
         problem(distill.main, *SMALL, "--dataset", folder, "--out", "runs/a", "--batch-size", batch_size,
@@ -631,6 +633,8 @@ def test_a_batch_that_is_too_small_for_the_processes_is_refused(folder, here, mo
     for batch_size in (20, 57, 3):  # these go on
         with pytest.raises(ZeroDivisionError):
             run(folder, "--batch-size", batch_size)
+    steps[:] = [None, 100, 100]
+    problem(distill.main, *SMALL, "--dataset", folder, "--out", "runs/a", says=["not all processes see the same runs/a/last.pt"])
     assert not Path("runs").exists()
 
 
