@@ -188,7 +188,7 @@ mini() {  # what two CPU cores can do: minutes are theirs
     for seed in $SEEDS; do
         job 1 "$student --dataset $TINYIMAGENET --probe-dataset $CIFAR10 --seed $seed --out $OUT/transfer-seed$seed" 4
     done
-    job 1 "python distill.py --resume --arch resnet20 --dataset $CIFAR10 --out-dim 1024 --epochs 10 --eval-every 980 --out $OUT/resnet20-seed0" 9
+    job 1 "python distill.py --resume --arch resnet20 --dataset $CIFAR10 --out-dim 1024 --epochs 6 --eval-every 588 --out $OUT/resnet20-seed0" 6
 }
 
 list() {  # [1 | 2 | mini]
