@@ -236,6 +236,7 @@ run() {  # STAGES...: all their jobs, as many at once as there are GPUs
 report() {  # [DIRECTORY with paper/ and mini/ in it]; a picture that cannot be drawn says why and stops no other
     local root=${1:-runs} page=results/REPORT.md figures=figures/report curves=() lines=() run plane
     [ -z "${TOY:-}" ] || root=runs/toy page=runs/toy/REPORT.md figures=runs/toy/figures
+    [ -d "$root/paper" ] || [ -d "$root/mini" ] || fail "$root holds neither paper/ nor mini/: do some jobs of \`bash run_all.sh list\` first"
     rm -f $figures/*fig*.png  # whatever another report has left
     for run in "$root"/paper/cifar10-resnet18-seed*; do
         compgen -G "$run/*/config.json" >/dev/null && curves+=("$run")
