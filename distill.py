@@ -744,7 +744,7 @@ def check_same(out, begun_with, config, may_change=MAY_CHANGE):
     for key in config:
         if begun_with.get(key) != config[key] and key not in may_change:
             option = f"--{key.replace('_', '-')}"
-            raise Problem(f"cannot go on from {out}: it was run with {option} "
+            raise Problem(f"{out} does not fit: it was run with {option} "
                           f"{begun_with.get(key)}, not {config[key]}")
 
 

@@ -223,6 +223,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    results = read_json(args.json) if args.json and args.json.exists() else {}
+    if results and not args.resume:
+        raise Problem(f"{args.json} exists: add --resume to go on with it, or name another file "
+                      "with --json")
     device = pick_device(args.device)
     runs = {path: load_checkpoint(path, device) for path in args.runs}
     used = {(args.dataset or config["probe_dataset"] or config["dataset"], config["image_size"])
@@ -239,10 +243,6 @@ def main(argv=None):
     print(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, "
           f"{len(data.classes)} classes, "
           f"{device.type}")
-    results = read_json(args.json) if args.json and args.json.exists() else {}
-    if results and not args.resume:
-        raise Problem(f"{args.json} exists: add --resume to go on with it, or name another file "
-                      "with --json")
 
     def probe(name, encoder):
         """The probes of an encoder, taken from the --json file if it has them, and kept there."""
