@@ -9,8 +9,9 @@ The second is for a laptop and needs no download; the folder of the third holds 
 test/<class>/.
 
 Method: "Random Teachers are Good Teachers", Sarnthein et al., ICML 2023, arXiv 2302.12091. First
-comes what one batch meets on its way (models, student initialisation, KL, the training loop), then
-data, checkpoints and main.
+comes what one batch meets on its way: models, student initialisation, KL, the training loop. If you
+want the experiment alone, go on at "Main", at the end; between the two are data, checkpoints and
+options.
 """
 import argparse
 import hashlib
@@ -29,15 +30,18 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
+from zipfile import ZipFile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import nn
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import default_loader
+from torchvision.datasets.folder import is_image_file
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 from torchvision.models.vgg import cfgs as VGG_PLANS, make_layers
@@ -133,11 +137,11 @@ ARCHS = {  # name: (what builds the encoder for an image size and a norm, width 
 }
 
 
-class BottleneckLayer(nn.Module):
-    """One of the network's two last layers; `parts` names what of it is on (Fig. 12).
+class NormalizedLinear(nn.Module):
+    """A linear layer whose rows and outputs may have length 1; `parts` names what is on (Fig. 12).
 
-    l: the linear layer itself; w: the rows of its weight have length 1; f: its output vector has
-    length 1.
+    l: the linear map itself; w: the rows of its weight have length 1; f: its output vector has
+    length 1. The projector and the network each end in one.
     """
     def __init__(self, parts, width, out_dim, bias):
         super().__init__()
@@ -169,9 +173,9 @@ class Network(nn.Module):
         self.encoder = build_encoder(image_size, norm)
         self.projector = nn.Sequential(
             nn.Linear(r, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU(),
-            BottleneckLayer(to_vector, 2048, 256, bias=True))
+            NormalizedLinear(to_vector, 2048, 256, bias=True))
         width = 256 if "l" in to_vector else 2048
-        self.last_layer = BottleneckLayer(to_logits, width, out_dim, bias=False)
+        self.last_layer = NormalizedLinear(to_logits, width, out_dim, bias=False)
 
     def forward(self, images, amp="off"):
         """(B, 3, s, s) normalised images -> (B, m) float32 logits."""
@@ -210,8 +214,8 @@ def embed(encoder, images, amp="off"):
     """(B, 3, s, s) normalised images -> (B, r) float32 embeddings.
 
     Only the encoder runs in 16 bits. What the student learns from are logit differences of about
-    1e-3, and a 16-bit logit has steps as large as that: from the embedding on, everything stays in
-    float32.
+    1e-3, and a bfloat16 near a typical logit, 1/16, has steps of 5e-4: from the embedding on,
+    everything stays in float32.
     """
     with autocast(images.device, amp):
         return encoder(images).float()
@@ -220,19 +224,18 @@ def embed(encoder, images, amp="off"):
 # ---- Student initialisation (§2) -----------------------------------------------------------------
 
 @torch.no_grad()
-def init_student(teacher, independent, eps):
-    """Move the network `independent`, at θ̃, to θ_S = (θ_T + ε·θ̃)/√(1 + ε²), and return it: the
-    student.
+def init_student(teacher, student, eps):
+    """Move `student`, an independent random network θ̃, to θ_S = (θ_T + ε·θ̃)/√(1 + ε²); return it.
 
     ε = 0 copies the teacher, ε = inf keeps θ̃; the paper's locality α is ε/(1+ε). The root keeps
     the variance of the weights. Every parameter moves, as in the released code: norm weights, 1 in
     both networks, become (1+ε)/√(1+ε²), at most √2. Buffers (batch-norm statistics) stay fresh.
     """
     scale = math.hypot(1, eps)
-    for theta_t, theta in zip(teacher.parameters(), independent.parameters()):
+    for theta_t, theta in zip(teacher.parameters(), student.parameters()):
         if eps < math.inf:
             theta.copy_(theta_t / scale + theta * (eps / scale))
-    return independent
+    return student
 
 
 def distance(parameters, start):
@@ -243,17 +246,19 @@ def distance(parameters, start):
 # ---- Loss (§3) -----------------------------------------------------------------------------------
 
 class KLDivergence(torch.autograd.Function):
-    """KL(softmax teacher ‖ softmax student) in nats, mean over the batch, from float32 logits (B,
-    m); call `.apply`.
+    """KL(softmax teacher ‖ softmax student) in nats, mean over the batch; call `.apply`.
+
+    Takes float32 logits (B, m) of the teacher, then of the student. Only the student's get a
+    gradient.
 
     Why not the cross-entropy? It has the same gradient, but it is the KL plus the teacher's
     entropy, about ln 65536 = 11.09, beside which a KL of 1e-5 cannot be seen.
 
     Why not two log-softmaxes? Their entries sit near −11, too, and float32 rounding would eat most
-    of the KL. With p the teacher's softmax and d = student − teacher logits, shifted so that Σ p·d
-    = 0, the KL is log(1 + s) for s = Σ p·(e^d − 1 − d): a sum of small terms ≥ 0, not a difference
-    of large ones. The gradient, p_student − p, is p·(e^d − 1 − s)/(1 + s) by the same algebra, and
-    exactly 0 where the logits agree.
+    of the KL. With p the teacher's softmax and d = student − teacher logits, shifted so that
+    Σ p·d = 0, the KL is log(1 + s) for s = Σ p·(e^d − 1 − d). All terms are ≥ 0, and what cancels
+    in them is of the size of d, a thousandth, not of 11. The gradient, p_student − p, is
+    p·(e^d − 1 − s)/(1 + s) by the same algebra, and exactly 0 where the logits agree.
     """
     @staticmethod
     def forward(ctx, teacher_logits, student_logits):
@@ -308,101 +313,11 @@ def train(batch_loss, n, optimizer, scaler, learning_rate, *, steps, batch_size,
         yield step + 1, loss.detach()
 
 
-def pick_device(name):
-    """The torch.device for --device auto, cpu or cuda. Raises Problem where there is no CUDA."""
-    torch.backends.cudnn.benchmark = True  # batches of one shape: find the fastest convolution
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # see --amp
-    if name == "cuda" and not torch.cuda.is_available():
-        raise Problem("--device cuda, but torch sees no CUDA device here: use --device cpu")
-    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
-
-
-def cpuinfo():
-    """What Linux says of the processor; nothing elsewhere."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
-
-
-def pick_amp(amp, device, arch, norm="batch"):
-    """Resolve --amp auto: bf16 where the hardware multiplies it fast, else fp16 on CUDA, else
-    float32 ("off").
-
-    Float32 also where there is no batch norm: in bf16 VGG11 hardly learned, in the one run that we
-    measured, while ResNet20 learns as in float32 (results/README.md).
-    """
-    if amp != "auto":
-        return amp
-    if not arch.startswith("resnet") or norm != "batch":
-        return "off"
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if re.search("amx_bf16|avx512_bf16", cpuinfo()) else "off"
-
-
-# ---- The same loop with labels, for prune.py and landscape.py ------------------------------------
-
-def classifier(encoder, r, n_classes, seed):
-    """`encoder`, with embeddings of width r, and a linear head, which `seed` fixes."""
-    torch.manual_seed(seed)
-    return nn.Sequential(OrderedDict(encoder=encoder.requires_grad_(True),
-                                     head=nn.Linear(r, n_classes)))
-
-
-def classify(network, images, stats, amp):
-    """uint8 images (B, 3, s, s) -> (B, classes) float32 logits of a classifier."""
-    return network.head(embed(network.encoder, normalise(images, stats), amp))
-
-
-def augment(images, seed, step, padding=4):
-    """uint8 (B, 3, s, s) -> the same shape: flipped left to right or not, padded with black,
-    cropped at random.
-
-    The random numbers depend on (seed, step) alone, so that rewinding to a step brings back its
-    very images.
-    """
-    n, size = len(images), images.shape[-1]
-    rng = np.random.default_rng((seed, step, 1))  # 1: not the stream (seed, epoch) of the order
-    top, left, flip = (torch.from_numpy(rng.integers(high, size=n)).to(images.device)
-                       for high in (2 * padding + 1, 2 * padding + 1, 2))
-    padded = F.pad(images, [padding] * 4)
-    padded = torch.where(flip.view(n, 1, 1, 1) == 1, padded.flip(3), padded)
-    crops = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, 9, 9, s, s): all, as a view
-    return crops[torch.arange(n, device=images.device), :, top, left]
-
-
-def fine_tune(network, optimizer, scaler, images, labels, args, order_seed, start=0):
-    """`train` a classifier for args.epochs epochs with labels, flips and crops.
-
-    The learning rate args.lr falls tenfold at half and at three quarters of the steps (epochs 80
-    and 120 of 160). Trainings with one args.seed differ at most in their `order_seed`, that of the
-    order of the data.
-    """
-    stats, steps = channel_stats(images), args.epochs * math.ceil(len(images) / args.batch_size)
-
-    def batch_loss(index, step):
-        crops = augment(images[index], args.seed, step)
-        return F.cross_entropy(classify(network, crops, stats, args.amp), labels[index])
-
-    def learning_rate(step):
-        return args.lr * 0.1 ** sum(step >= round(milestone * steps) for milestone in (0.5, 0.75))
-
-    return train(batch_loss, len(images), optimizer, scaler, learning_rate, steps=steps,
-                 batch_size=args.batch_size, seed=order_seed, start=start)
-
-
-@torch.no_grad()
-def classification_accuracy(network, images, labels, stats, amp):
-    """Share of uint8 images (n, 3, s, s) classified right, in %; eval mode, then train mode."""
-    network.eval()
-    predicted = torch.cat([classify(network, x, stats, amp).argmax(1) for x in images.split(500)])
-    network.train()
-    return 100 * (predicted == labels).double().mean().item()
-
-
 # ---- Data: uint8 images, all of them resident on the device --------------------------------------
 
 # images (n, 3, s, s) uint8, labels (n,) int64 in 0..classes-1; without labels there is no test part
 Data = namedtuple("Data", "train_x train_y test_x test_y classes")
+
 
 ARCHIVES = ("cifar10", "cifar100", "stl10")
 DATASETS = (*ARCHIVES, "tinyimagenet", "cifar5m", "leaves", "noise")
@@ -448,13 +363,27 @@ def stratified_subset(data, n):
     if n > total:
         raise Problem(f"--n-samples {n:,} is more than the {total:,} training images there are")
     shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-    rank = torch.empty(total)
-    # the k-th of a class of K is at (k + 0.5)/K: the n lowest take each class evenly
-    for c in data.train_y.unique():
-        members = shuffled[data.train_y.cpu()[shuffled] == c]
-        rank[members] = (torch.arange(len(members)) + 0.5) / len(members)
-    keep = shuffled[rank[shuffled].argsort(stable=True)[:n]].sort().values
-    return data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
+    member = F.one_hot(data.train_y.cpu()[shuffled]).float()  # of which class
+    # the k-th of a class of K ranks at (k − 1/2)/K: the n lowest take each class evenly
+    rank = (member * (member.cumsum(0) - 0.5) / member.sum(0)).sum(1)
+    chosen = shuffled[rank.argsort(stable=True)[:n]].sort().values
+    return data._replace(train_x=data.train_x[chosen], train_y=data.train_y[chosen])
+
+
+def channel_stats(images):
+    """Mean and std of uint8 images (n, 3, s, s) by channel: (1, 3, 1, 1) float32 in 0..255."""
+    counts = torch.stack([channel.flatten().bincount(minlength=256)
+                          for channel in images.unbind(1)]).double()
+    values = torch.arange(256).to(counts)
+    mean, square = ((counts * values**power).sum(1) / counts.sum(1) for power in (1, 2))
+    std = (square - mean**2).clamp(min=1e-6).sqrt()
+    return tuple(moment.float().view(1, 3, 1, 1) for moment in (mean, std))
+
+
+def normalise(images, stats):
+    """uint8 (B, 3, s, s) -> float32, with mean 0 and variance 1 in each channel over all images."""
+    mean, std = stats
+    return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager
@@ -526,31 +455,47 @@ def cifar5m(cifar10, folder, n):
     return cifar10._replace(train_x=images, train_y=labels)
 
 
-def read_image(path):
-    """torchvision's loader, with one line for whatever a decoder may raise."""
-    try:
-        return default_loader(path)
-    except Exception as error:
-        raise Problem(f"cannot read the image {path} ({error}): mend or delete it") from None
+class Folder(ImageFolder):
+    """torchvision's, without hidden folders and files, with a line for what a decoder may raise."""
+    def __init__(self, path, crop):
+        super().__init__(str(path), crop, loader=self.read, is_valid_file=self.is_image)
+
+    def find_classes(self, path):
+        names, _ = super().find_classes(path)
+        names = [name for name in names if not name.startswith(".")]
+        return names, {name: i for i, name in enumerate(names)}
+
+    def is_image(self, path):
+        return is_image_file(path) and "/." not in path.removeprefix(self.root)
+
+    @staticmethod
+    def read(path):
+        try:
+            image = Image.open(path)
+            if image.mode[0] in "IF":  # to make 8 bits of these, PIL would clip them
+                raise ValueError("more than 8 bits a channel")
+            return image.convert("RGB")
+        except Exception as error:
+            raise Problem(f"cannot read the image {path} ({error}): mend or delete it") from None
 
 
 def image_folder(folder, image_size):
     """A folder of images, scaled to a shorter side of image_size and cropped in the middle."""
     crop = transforms.Compose([transforms.Resize(image_size), transforms.CenterCrop(image_size)])
-    flat = folder / "val/images"  # of Tiny ImageNet as it comes; its test/ has no labels
-    test_part = "test" if (folder / "test").is_dir() and not flat.exists() else "val"
     try:
-        train, test = (ImageFolder(folder / part, crop, loader=read_image)
-                       for part in ("train", test_part))
+        train = Folder(folder / "train", crop)
+        flat = folder / "val/images"  # of Tiny ImageNet as it comes: all classes in one folder
+        part = "test" if (folder / "test" / train.classes[0]).is_dir() else "val"
+        test = Folder(folder / part, crop)
     except FileNotFoundError as error:
         raise Problem(f"{folder} needs train/<class>/ and test/<class>/ (or val/) folders of "
                       f"images ({error})") from None
-    if flat.exists():  # all validation images in one folder, their classes in a text file
+    if flat.exists():
         rows = (line.split("\t")
                 for line in (folder / "val/val_annotations.txt").read_text().splitlines())
         test.samples = [(flat / name, train.class_to_idx[label]) for name, label, *_ in rows]
     elif train.classes != test.classes:
-        raise Problem(f"{folder}: train/ and {test_part}/ must hold the same classes")
+        raise Problem(f"{folder}: train/ and {part}/ must hold the same classes")
     return Data(*stack(train), *stack(test), train.classes)
 
 
@@ -593,7 +538,7 @@ def dead_leaves(n_train=1000, n_test=200, n_leaves=50, size=32):
         t = 2 * t - 1
         cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)  # a direction within ±90°
         # radii of 1.5 to 14 pixels, by inverting the distribution function of r or r² at u
-        small, large = (1.5, 14.0) if law == 2 else (1.5 * 1.5, 14.0 * 14.0)
+        small, large = 1.5 ** (law - 1), 14.0 ** (law - 1)
         radius = 1 / large + u * (1 / small - 1 / large)
         radius = 1 / (radius if law == 2 else np.sqrt(radius))
         colour = light * (2 * grey - 1) + (1.2 - light) * (2 * np.concatenate(rgb, axis=2) - 1)
@@ -604,26 +549,125 @@ def dead_leaves(n_train=1000, n_test=200, n_leaves=50, size=32):
             u = (dx * cos[:, i] + dy * sin[:, i]) / (radius[:, i] * stretch)
             v = (dy * cos[:, i] - dx * sin[:, i]) / (radius[:, i] / stretch)
             np.copyto(canvas, colour[:, i], where=LEAF[leaf](abs(u), abs(v))[:, None])
-    labels = torch.arange(len(LEAF_CLASSES)).repeat_interleave(n).view(-1, n)
-    train, test = slice(n_train), slice(n_train, n)
-    parts = (part[:, rows].flatten(0, 1) for rows in (train, test) for part in (images, labels))
-    return Data(*parts, [f"{leaf} {stretch}" for leaf, stretch, *_ in LEAF_CLASSES])
+    labels = torch.arange(len(LEAF_CLASSES))
+    return Data(images[:, :n_train].flatten(0, 1), labels.repeat_interleave(n_train),
+                images[:, n_train:].flatten(0, 1), labels.repeat_interleave(n_test),
+                [f"{leaf} {stretch}" for leaf, stretch, *_ in LEAF_CLASSES])
 
 
-def channel_stats(images):
-    """Mean and std of uint8 images (n, 3, s, s) by channel: (1, 3, 1, 1) float32 in 0..255."""
-    n = images[:, 0].numel()
-    mean, square = (
-        sum(block.double().pow(power).sum((0, 2, 3), keepdim=True)
-            for block in images.split(5_000)) / n
-        for power in (1, 2))
-    return mean.float(), (square - mean**2).clamp(min=1e-6).sqrt().float()
+# ---- The training loop with labels, for prune.py and landscape.py --------------------------------
+
+def classifier(encoder, r, n_classes, seed):
+    """`encoder`, with embeddings of width r, and a linear head, which `seed` fixes."""
+    torch.manual_seed(seed)
+    return nn.Sequential(OrderedDict(encoder=encoder.requires_grad_(True),
+                                     head=nn.Linear(r, n_classes)))
 
 
-def normalise(images, stats):
-    """uint8 (B, 3, s, s) -> float32, with mean 0 and variance 1 in each channel over all images."""
-    mean, std = stats
-    return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+def classify(network, images, stats, amp):
+    """uint8 images (B, 3, s, s) -> (B, classes) float32 logits of a classifier."""
+    return network.head(embed(network.encoder, normalise(images, stats), amp))
+
+
+def augment(images, seed, step, padding=4):
+    """uint8 (B, 3, s, s) -> the same shape: flipped left to right or not, padded with black,
+    cropped at random.
+
+    The random numbers depend on (seed, step) alone, so that rewinding to a step brings back its
+    very images.
+    """
+    n, size = len(images), images.shape[-1]
+    rng = np.random.default_rng((seed, step, 1))  # 1: not the stream (seed, epoch) of the order
+    top, left, flip = (torch.from_numpy(rng.integers(high, size=n)).to(images.device)
+                       for high in (2 * padding + 1, 2 * padding + 1, 2))
+    padded = F.pad(images, [padding] * 4)
+    padded = torch.where(flip.view(n, 1, 1, 1) == 1, padded.flip(3), padded)
+    crops = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, 9, 9, s, s): all, as a view
+    return crops[torch.arange(n, device=images.device), :, top, left]
+
+
+def fine_tune(network, optimizer, scaler, images, labels, args, order_seed, start=0):
+    """`train` a classifier for args.epochs epochs with labels, flips and crops.
+
+    The learning rate args.lr falls tenfold at half and at three quarters of the steps (epochs 80
+    and 120 of 160). Trainings with one args.seed differ at most in their `order_seed`, that of the
+    order of the data.
+    """
+    stats, steps = channel_stats(images), args.epochs * math.ceil(len(images) / args.batch_size)
+
+    def batch_loss(index, step):
+        crops = augment(images[index], args.seed, step)
+        return F.cross_entropy(classify(network, crops, stats, args.amp), labels[index])
+
+    def learning_rate(step):
+        return args.lr * 0.1 ** sum(step >= round(milestone * steps) for milestone in (0.5, 0.75))
+
+    return train(batch_loss, len(images), optimizer, scaler, learning_rate, steps=steps,
+                 batch_size=args.batch_size, seed=order_seed, start=start)
+
+
+@torch.no_grad()
+def classification_accuracy(network, images, labels, stats, amp):
+    """Share of uint8 images (n, 3, s, s) classified right, in %; eval mode, then train mode."""
+    network.eval()
+    predicted = torch.cat([classify(network, x, stats, amp).argmax(1) for x in images.split(500)])
+    network.train()
+    return 100 * (predicted == labels).double().mean().item()
+
+
+# ---- The machine ---------------------------------------------------------------------------------
+
+def pick_device(name):
+    """The torch.device for --device auto, cpu or cuda. Raises Problem where there is no CUDA."""
+    torch.backends.cudnn.benchmark = True  # batches of one shape: find the fastest convolution
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # see --amp
+    if name == "cuda" and not torch.cuda.is_available():
+        raise Problem("--device cuda, but torch sees no CUDA device here: use --device cpu")
+    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
+
+
+def cpuinfo():
+    """What Linux says of the processor; nothing elsewhere."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def pick_amp(amp, device, arch, norm="batch"):
+    """Resolve --amp auto: bf16 where the hardware multiplies it fast, else fp16 on CUDA, else
+    float32 ("off").
+
+    Float32 also where there is no batch norm: in bf16 VGG11 hardly learned, in the one run that we
+    measured, while ResNet20 learns as in float32 (results/README.md).
+    """
+    if amp != "auto":
+        return amp
+    if not arch.startswith("resnet") or norm != "batch":
+        return "off"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if re.search("amx_bf16|avx512_bf16", cpuinfo()) else "off"
+
+
+def git(*words):
+    """What a git command says of this repository; nothing without git."""
+    command = ["git", "-C", Path(__file__).parent, *words]
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def provenance(device):
+    """On what, and by which version of this code: {"hardware", "torch", "commit"}, kept beside
+    every result.
+    """
+    hardware = f"{os.cpu_count()} cores of {re.search('model name.*: (.*)|$', cpuinfo())[1]}"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name()
+    commit = git("rev-parse", "--short", "HEAD")
+    if git("status", "--porcelain", "--", "*.py", "run_all.sh"):
+        commit += "-dirty"
+    if git("rev-parse", "--show-prefix"):
+        commit = ""  # of somebody's own repository, in which this code lies
+    return {"hardware": hardware, "torch": str(torch.__version__), "commit": commit}
 
 
 # ---- Files and checkpoints -----------------------------------------------------------------------
@@ -657,62 +701,82 @@ def read_json(path):
     try:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise Problem(f"{path} is truncated or not ours ({type(error).__name__}): delete it and "
-                      "make it again") from None
+        raise Problem(f"{path} is truncated or not ours ({type(error).__name__}): name another "
+                      "file, or make this one again") from None
+
+
+def table(columns, rows):
+    """A list of dicts as the text of a .csv file; what a row lacks stays empty."""
+    lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
+    return "".join(f"{','.join(map(str, line))}\n" for line in lines)
 
 
 def write_csv(path, columns, rows):
-    """Write a list of dicts as a table with these columns; what a row lacks stays empty."""
-    lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
-    text = "".join(f"{','.join(map(str, line))}\n" for line in lines)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(table(columns, rows).encode()))
+
+
+def check_undisturbed(path, columns, rows):
+    """Raise Problem if another process has written the .csv file since we wrote these rows."""
+    if path.exists() and path.read_text() != table(columns, rows):
+        raise Problem(f"another process writes to {path.parent}, too, and goes on alone: give each "
+                      "run an --out of its own")
 
 
 def save_checkpoint(path, script, **content):
-    """Write a checkpoint of `script` that read_checkpoint reads: plain values, tensors, and dicts
-    and lists of them.
-    """
+    """Write a checkpoint of `script`: plain values, tensors, and dicts and lists of them."""
     content["format"] = f"random teachers 3, {script}"
     write_atomically(path, lambda file: torch.save(content, file))
 
 
 def read_checkpoint(path, script="distill.py"):
-    """The checkpoint of a run directory or .pt file of `script`, as a dict, with tensors on the
-    CPU.
+    """What is in a run directory or .pt file of `script`, as a dict, with tensors on the CPU.
 
-    Raises Problem if it is missing, truncated or not one of ours. No pickled code runs, so a
-    stranger's file is safe.
+    Raises Problem if it is missing, truncated, damaged or not one of ours. No pickled code runs, so
+    a stranger's file is safe.
     """
     path = path / "last.pt" if path.is_dir() else path
     if not path.exists():
         raise Problem(f"no checkpoint at {path}: make one with {script}, or name its run directory")
     warnings.filterwarnings("ignore", module="torch._weights_only_unpickler")  # on foreign files
     try:
+        damaged = ZipFile(path).testzip()  # by its checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        weights = [t for part in checkpoint.values() if isinstance(part, dict)
+                   for t in part.values() if torch.is_tensor(t)]
     except Exception as error:  # torch has many, one for each way in which a file can be broken
         raise Problem(f"{path} is truncated or no checkpoint ({type(error).__name__}): name "
                       f"another, or run {script} again") from None
-    written_by = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-    if written_by != f"random teachers 3, {script}":
+    if checkpoint.get("format") != f"random teachers 3, {script}":
         raise Problem(f"{path} is not a checkpoint of {script} of this version: name a run "
                       "directory that it made")
+    if damaged or not all(t.isfinite().all() for t in weights):
+        raise Problem(f"{path} is damaged, or holds weights that are not finite: name another, or "
+                      f"run {script} again")
     return checkpoint
 
 
 def load_networks(path):
-    """(teacher, student, config dict) of a run directory or .pt file: whole Networks, on the CPU.
-    Raises Problem.
+    """(teacher, student, config) of a run directory or .pt file: whole Networks, on the CPU.
+
+    The config says how far the run is, too: "step" and "total_steps". Raises Problem.
     """
     checkpoint = read_checkpoint(Path(path))
     try:
-        shape = [checkpoint["config"][key] for key in SHAPE]
-        networks = Network(*shape), Network(*shape)
+        config = {**checkpoint["config"], "step": checkpoint["step"],
+                  "total_steps": checkpoint["about"]["total_steps"]}
+        networks = [Network(*(config[key] for key in SHAPE)) for _ in range(2)]
         for network, role in zip(networks, ("teacher", "student")):
             network.to(memory_format=torch.channels_last).load_state_dict(checkpoint[role])
-    except (KeyError, RuntimeError) as error:
-        raise Problem(f"{path} does not fit this distill.py ({str(error).splitlines()[0]}): distil "
-                      "again") from None
-    return *networks, checkpoint["config"]
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise Problem(f"{path} does not fit this distill.py ({reason}): distil again") from None
+    return *networks, config
+
+
+def progress(config):
+    """How far the run with this config of load_networks is, in words, if it is not at its end."""
+    step, total = config["step"], config["total_steps"]
+    return f" (step {step:,} of {total:,})" if step < total else ""
 
 
 def load_checkpoint(path, device="cpu"):
@@ -727,10 +791,15 @@ def load_checkpoint(path, device="cpu"):
              for network in networks), config
 
 
-def plain(args):
+def fingerprint(module):
+    """A string that two modules of one kind share if their weights and buffers are equal."""
+    tensors = module.state_dict().values()
+    return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in tensors)).hexdigest()
+
+
+def to_config(args):
     """The options as a dict that JSON and checkpoints can hold."""
-    options = vars(args).items()
-    return {key: str(value) if isinstance(value, Path) else value for key, value in options}
+    return json.loads(json.dumps(vars(args), default=str))
 
 
 MAY_CHANGE = {"epochs", "steps", "log_every", "eval_every", "resume", "device", "out", "data_dir",
@@ -749,13 +818,16 @@ def check_same(out, begun_with, config, may_change=MAY_CHANGE):
 
 
 def checkpoint_to_resume(args, script="distill.py", may_change=MAY_CHANGE):
-    """The checkpoint in the directory args.out to go on from, or None. Raises Problem rather than
-    mix or lose runs.
+    """The checkpoint in the directory args.out to go on from, or None: then the directory is made.
+
+    Raises Problem rather than mix or lose runs.
     """
     if not (args.out / "last.pt").exists():
-        if (args.out / "log.csv").exists():
-            raise Problem(f"{args.out} holds a log.csv without its last.pt: name another directory "
+        if any((args.out / name).exists() for name in ("log.csv", "connect.npz")):
+            raise Problem(f"{args.out} holds results without their last.pt: name another directory "
                           "with --out")
+        args.out.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=args.out).close()  # if it cannot be written, say so now
         return None
     if not args.resume:
         raise Problem(f"{args.out}/last.pt exists: add --resume to go on with it, or name another "
@@ -763,37 +835,11 @@ def checkpoint_to_resume(args, script="distill.py", may_change=MAY_CHANGE):
     checkpoint = read_checkpoint(args.out, script)
     if args.amp == "auto":
         args.amp = checkpoint["config"]["amp"]
-    check_same(args.out, checkpoint["config"], plain(args), may_change)
+    check_same(args.out, checkpoint["config"], to_config(args), may_change)
     return checkpoint
 
 
-def git(*words):
-    """What a git command says of this repository; nothing without git."""
-    command = ["git", "-C", Path(__file__).parent, *words]
-    with suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
-def provenance(device):
-    """On what, and by which version of this code: {"hardware", "torch", "commit"}, kept beside
-    every result.
-    """
-    hardware = f"{os.cpu_count()} cores of {re.search('model name.*: (.*)|$', cpuinfo())[1]}"
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name()
-    commit = git("rev-parse", "--short", "HEAD")
-    if git("status", "--porcelain", "--", "*.py", "run_all.sh"):
-        commit += "-dirty"
-    return {"hardware": hardware, "torch": str(torch.__version__), "commit": commit}
-
-
-def fingerprint(module):
-    """A string that two modules of one kind share if their weights and buffers are equal."""
-    tensors = module.state_dict().values()
-    return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in tensors)).hexdigest()
-
-
-# ---- Options -------------------------------------------------------------------------------------
+# ---- Options and figures -------------------------------------------------------------------------
 
 def number(kind, low, high=math.inf):
     """An argparse type: a number of `kind`, int or float, from `low` to `high`."""
@@ -808,8 +854,8 @@ def number(kind, low, high=math.inf):
 POSITIVE, SEED = number(int, 1), number(int, 0, 2**62)
 
 
-def parts(text):
-    """An argparse type: the parts of two BottleneckLayers, such as lf/wl."""
+def bottleneck_parts(text):
+    """An argparse type: the parts of two NormalizedLinear layers, such as lf/wl."""
     if not re.fullmatch("(w?lf?|f?)/(w?lf?|f?)", text):
         raise argparse.ArgumentTypeError("wants the parts of two layers, w, l and f, such as "
                                          "lf/wl; w goes with l")
@@ -839,8 +885,7 @@ def add_common_options(add, amp="auto"):
     """The options that all scripts share."""
     add("--device", "auto: cuda where there is one", "auto", choices=("auto", "cpu", "cuda"))
     add("--amp", "16-bit encoder; auto: where the hardware is fast at it and the encoder has batch "
-                 "norm", amp,
-        choices=("auto", "bf16", "fp16", "off"))
+        "norm", amp, choices=("auto", "bf16", "fp16", "off"))
     add("--resume", "go on with what an interrupted call left, to the same numbers", False,
         action="store_true")
     add("--data-dir", "where downloads go", "data")
@@ -850,23 +895,20 @@ def add_common_options(add, amp="auto"):
 
 def add_fine_tuning_options(add):
     """The options of supervised training, as the paper has it for Fig. 8."""
-    add("--epochs", "epochs of a training; the learning rate falls tenfold at 1/2 and 3/4 of "
-                    "them", 160, type=POSITIVE)
+    add("--epochs", "epochs of a training; the learning rate falls tenfold at 1/2 and 3/4 of them",
+        160, type=POSITIVE)
     add("--lr", "SGD's first learning rate, momentum 0.9, weight decay 1e-4 (default: 0.1, for "
-                "resnet20 0.05)",
-        type=number(float, 0))
+        "resnet20 0.05)", type=number(float, 0))
     add("--batch-size", "images a step", 256, type=POSITIVE)
     add("--dataset", "labelled data to train on (default: the one the run was probed on)")
     add("--n-samples", "train on so many images, each class in its share (default: all)",
         type=POSITIVE)
     add("--seed", "of the linear classifier, the order of the data and the crops (default: the "
-                  "run's)", type=SEED)
+        "run's)", type=SEED)
 
 
-def complete(args, distilled):
-    """Fill the defaults of fine-tuning that depend on the distilled run with the config
-    `distilled`.
-    """
+def fill_defaults(args, distilled):
+    """Set the options of fine-tuning that depend on the distilled run, of config `distilled`."""
     args.dataset = args.dataset or distilled["probe_dataset"] or distilled["dataset"]
     args.seed = distilled["seed"] if args.seed is None else args.seed
     if args.lr is None:
@@ -874,11 +916,8 @@ def complete(args, distilled):
 
 
 def new_figure(*shape, **options):
-    """matplotlib's subplots, with nothing but files in mind; imported here, so that all numbers
-    come out without it.
-    """
-    import matplotlib
-    matplotlib.use("Agg")
+    """matplotlib's subplots; imported here, so that all numbers come out without it."""
+    os.environ["MPLBACKEND"] = "agg"  # nothing but files, whatever a notebook has set
     import matplotlib.pyplot
     return matplotlib.pyplot.subplots(*shape, layout="constrained", **options)
 
@@ -892,31 +931,26 @@ def parse_args(argv=None):
     parser, add = make_parser(__doc__)
     add("--arch", "encoder; on a CPU take resnet20", "resnet18", choices=ARCHS)
     add("--init-eps", "student = (teacher + ε·independent)/√(1+ε²): 0 starts at the teacher, inf "
-                      "independently of it; the "
-        "paper's α = ε/(1+ε), so α=0.5 is ε=1 and α=0.6 is ε=1.5. Without batch norm (vgg*, vit*) "
-        "0 is a fixed point that "
-        "only rounding leaves; the paper's α≈0 is 1e-10", 0.0, type=number(float, 0), metavar="ε")
+        "independently of it; the paper's α is ε/(1+ε), so α=0.5 is ε=1 and α=0.6 is ε=1.5. "
+        "Without batch norm (vgg*, vit*) 0 is a fixed point that only rounding leaves; the paper's "
+        "α≈0 is 1e-10", 0.0, type=number(float, 0), metavar="ε")
     add("--dataset", f"{', '.join(DATASETS)}, or a folder that holds train/<class>/ and "
-                     "test/<class>/ (or val/)", "cifar10")
+        "test/<class>/ (or val/)", "cifar10")
     add("--probe-dataset", "labelled data for the probes (default: --dataset); noise needs it")
-    add("--n-samples", "distil on so many training images, each class in its share (default: "
-                       "all)", type=POSITIVE)
+    add("--n-samples", "distil on so many training images, each class in its share (default: all)",
+        type=POSITIVE)
     add("--image-size", "images become so many pixels square; those of a folder keep their shape "
-                        "and are cropped", 32,
-        type=number(int, 8))
-    add("--out-dim", "number of logits m; 1024 spares a CPU much work and costs little (Fig. "
-                     "10)", 2**16, type=POSITIVE)
+        "and are cropped", 32, type=number(int, 8))
+    add("--out-dim", "number of logits m; 1024 spares a CPU much work and costs little (Fig. 10)",
+        2**16, type=POSITIVE)
     add("--norm", "what normalises a ResNet's activations (Fig. 11)", "batch", choices=NORMS)
     add("--bottleneck", "what of the projector's and the network's last layers is on: w, rows of "
-                        "unit length; l, the linear "
-        "layer; f, output of unit length (Fig. 12). lf/l is the released code: the KL is 10 times "
-        "smaller", "lf/wl",
-        type=parts)
+        "unit length; l, the linear map; f, output of unit length (Fig. 12). lf/l is the released "
+        "code: the KL is 10 times smaller", "lf/wl", type=bottleneck_parts)
     add("--teacher", "run directory whose student is the teacher, not a random network: a second "
-                     "round (Fig. 18)")
+        "round (Fig. 18)")
     add("--loss", "kl-log-softmax is the KL computed the usual way, off by several per cent at "
-                  "1e-6 nats; mse is that of "
-        "the logits", "kl", choices=LOSSES)
+        "1e-6 nats; mse is that of the logits", "kl", choices=LOSSES)
     add("--optimizer", "sgd has momentum 0.9 and wants a far higher --lr", "adamw",
         choices=("adamw", "sgd"))
     add("--epochs", "passes over the training images", 100, type=POSITIVE)
@@ -926,7 +960,7 @@ def parse_args(argv=None):
     add("--seed", "of the teacher, the student's start and the order of the data", 0, type=SEED)
     add("--log-every", "steps between log lines (default: an epoch, at most 100)", type=POSITIVE)
     add("--eval-every", "steps between probes, with a checkpoint each (default: a tenth of the "
-                        "run)", type=POSITIVE)
+        "run)", type=POSITIVE)
     add("--out", "run directory (default: runs/<dataset>-<arch>-eps<ε>-seed<seed>)", type=Path)
     add_common_options(add)
     args = parser.parse_args(argv)
@@ -945,7 +979,7 @@ def parse_args(argv=None):
     return args
 
 
-# ---- Main ----------------------------------------------------------------------------------------
+# ---- Main: the experiment ------------------------------------------------------------------------
 
 # of probe.py
 PROBES = {"linear_paper": "linear (paper)", "linear_converged": "linear (converged)", "knn": "k-NN"}
@@ -971,7 +1005,7 @@ def main(argv=None):
     device = pick_device(args.device)
     checkpoint = checkpoint_to_resume(args)
     args.amp = pick_amp(args.amp, device, args.arch, args.norm)
-    config = plain(args)
+    config = to_config(args)
 
     # Data. The student sees `images` alone; labels are for the probes, and for --n-samples, which
     # keeps the classes' shares
@@ -989,9 +1023,9 @@ def main(argv=None):
     if start >= steps:
         return print(f"{args.out}: all {steps:,} steps are done")
 
-    # Teacher and student. In eval mode the teacher's batch norms use their initial statistics, mean
-    # 0 and variance 1, while the student's use each batch's own: so with batch norm the two differ
-    # even at ε = 0
+    # Teacher and student. In eval mode a random teacher's batch norms use their initial statistics,
+    # mean 0 and variance 1, while the student's use each batch's own: so with batch norm the two
+    # differ even at ε = 0
     shape = {key: config[key] for key in SHAPE}
     teacher = random_network(2 * args.seed, **shape)
     if checkpoint:
@@ -1012,8 +1046,8 @@ def main(argv=None):
     state = {"teacher": teacher, "student": student, "optimizer": optimizer, "scaler": scaler}
 
     # The teacher runs once. It is frozen, the images are not augmented, and in eval mode its output
-    # for an image does not depend on the rest of the batch: so n vectors hold all that it will ever
-    # say, and a step costs no teacher encoder
+    # for an image does not depend on the rest of the batch: so n vectors of 256 numbers hold all
+    # that it will ever say (its n·m logits would take 13 GB), and a step costs no teacher encoder
     print(f"running the teacher once over {len(images):,} images, then probing it", flush=True)
     with torch.no_grad():
         vectors = torch.cat([teacher.projector(embed(teacher.encoder, normalise(x, stats)))
@@ -1036,42 +1070,44 @@ def main(argv=None):
     about = checkpoint["about"] if checkpoint else {"made": []}
     about |= {"n_images": len(images), "total_steps": steps}
     about["made"].append({**provenance(device), "from_step": start})
-    if checkpoint:
-        for name, part in state.items():
-            part.load_state_dict(checkpoint[name])
-        show(log[-1])
-    else:
-        about["teacher_probes"] = evaluate(teacher.encoder, probe_data)
-        print(f"{'teacher':>7}{'':49}{scores(about['teacher_probes'])}", flush=True)
-    write_json(args.out / "run.json", {**config, **about})
+    interrupts = []  # by Ctrl-C, a cluster that wants its node, a closed terminal, `| head`
 
-    def keep(row, saving):
-        """Add a row to the log: in the checkpoint, in log.csv, on the screen."""
+    def add_to_log(row, saving):
+        """Log a row: in the checkpoint, in log.csv, and at last on the screen."""
+        check_undisturbed(args.out / "log.csv", LOG_COLUMNS, log)
         log.append(row)
         if saving:
             save_checkpoint(args.out / "last.pt", "distill.py", config=config, about=about,
                             step=row["step"], log=log,
                             **{name: part.state_dict() for name, part in state.items()})
+            write_json(args.out / "run.json", {**config, **about})
         write_csv(args.out / "log.csv", LOG_COLUMNS, log)
         seconds = (steps - row["step"]) * args.batch_size / (row["images_per_s"] or math.inf)
-        show(row, eta=timedelta(seconds=round(seconds)) if row["step"] else "")
+        try:
+            show(row, eta=timedelta(seconds=round(seconds)) if row["step"] else "")
+        except BrokenPipeError:
+            hush()
+            interrupts.append(signal.SIGPIPE)
 
-    # Train, and between the steps log, probe and save
-    interrupts = []  # by Ctrl-C, a cluster that wants its node, a closed terminal
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, lambda signum, frame: interrupts.append(signum))
-    if not log:
-        probes = about["teacher_probes"]
+    if checkpoint:
+        for name, part in state.items():
+            part.load_state_dict(checkpoint[name])
+        show(log[-1])
+    else:
+        probes = about["teacher_probes"] = evaluate(teacher.encoder, probe_data)
+        print(f"{'teacher':>7}{'':49}{scores(probes)}", flush=True)
         if fingerprint(student.encoder) != fingerprint(teacher.encoder):  # equal at ε = 0
             probes = evaluate(student.encoder, probe_data)
-        keep({"step": 0, "epoch": 0.0, "kl": math.nan, "distance": 0.0, "images_per_s": 0,
-              **probes},
-             saving=True)
+        add_to_log({"step": 0, "epoch": 0.0, "kl": math.nan, "distance": 0.0, "images_per_s": 0,
+                    **probes}, saving=True)
+
+    # Train, and between the steps log, probe and save
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda signum, frame: interrupts.append(signum))
     losses, clock = [], time.time()
     for step, loss in train(batch_loss, len(images), optimizer, scaler, lambda step: args.lr,
                             steps=steps, batch_size=args.batch_size, seed=args.seed, start=start):
-        losses.append(
-            loss)  # on the device: to ask for its value each time would keep a GPU waiting
+        losses.append(loss)  # on the device: to ask for its value would keep a GPU waiting
         probing = step == steps or eval_every and step % eval_every == 0
         stopping = bool(interrupts)  # asked once a step: a signal may come at any moment
         if probing or step % log_every == 0 or stopping:
@@ -1084,29 +1120,44 @@ def main(argv=None):
                               f"--amp off; what {args.out} held is kept")
             if probing:
                 row |= evaluate(student.encoder, probe_data)
-            keep(row, saving=probing or stopping)
+            add_to_log(row, saving=probing or stopping)
             if len(log) == 2 and row["distance"] == 0:
-                print(
-                    "the student has not moved: without batch norm ε=0 is a fixed point, and here "
-                      "nothing rounds it away (README, \"The fixed point\"); take --init-eps 1e-10")
+                print("the student has not moved: its loss has no gradient")
+                if args.init_eps == 0 and (args.norm != "batch" or "resnet" not in args.arch):
+                    print("without batch norm ε=0 is a fixed point, and here nothing rounds it "
+                          "away (README, \"The fixed point\"): take --init-eps 1e-10")
             losses, clock = [], time.time()
         if stopping and step < steps:
             print(f"stopped after step {step:,}; the same command with --resume goes on from here")
             sys.exit(128 + interrupts[0])
 
 
+def hush():
+    """Let nothing be printed any more, once nobody reads it (`| head`, a pipe that was killed)."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_cli(main):
     """Run a script's main: a Problem, or an OSError such as a full disk, ends in one line on stderr
     and exit status 1.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without ε shows a question mark
     try:
         return main()
-    except (Problem, OSError) as error:
+    except BrokenPipeError:  # what was done is saved
+        hush()
+        sys.exit(128 + signal.SIGPIPE)
+    except Problem as error:
         message = error
-    except torch.cuda.OutOfMemoryError:
-        message = "the GPU's memory is full: lower --batch-size, or take --device cpu"
+    except OSError as error:
+        message = f"{error} (is there space on the disk, and permission?)"
     except ModuleNotFoundError as error:  # matplotlib, which is imported only where it draws
         message = f"the package {error.name} is missing: pip install -r requirements.txt"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
+        message = "out of memory: lower --batch-size, --out-dim or --image-size"
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")

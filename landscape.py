@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""What does the loss look like around a random teacher? Planes through it, lines between solutions,
-and their pictures.
+"""What does the loss look like around a random teacher? Planes, lines between solutions, pictures.
 
     a=runs/cifar10-vgg11-eps1e-10-seed0 b=runs/cifar10-vgg11-epsinf-seed0
     python landscape.py plane $a $b                  the teacher and both students (Fig. 5)
@@ -20,7 +19,6 @@ import math
 import sys
 import time
 from copy import deepcopy
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -28,114 +26,83 @@ import torch
 from torch.optim.swa_utils import update_bn
 
 from distill import (
-    ARCHS, MAY_CHANGE, POSITIVE, SHAPE, Data, KLDivergence, Problem, add_common_options,
-    add_fine_tuning_options, autocast, channel_stats, check_same, checkpoint_to_resume,
-    classification_accuracy, classifier, complete, embed, fine_tune, fingerprint, init_student,
-    kl_by_log_softmax, load_checkpoint, load_data, load_networks, make_parser, new_figure,
-    normalise, number, pick_amp, pick_device, picture, plain, provenance, random_network, run_cli,
-    save_checkpoint, save_figure, stratified_subset, write_atomically)
+    ARCHS, MAY_CHANGE, POSITIVE, SHAPE, Data, Problem, add_common_options, add_fine_tuning_options,
+    autocast, channel_stats, check_same, checkpoint_to_resume, classification_accuracy, classifier,
+    embed, fill_defaults, fine_tune, fingerprint, init_student, kl_by_log_softmax, load_checkpoint,
+    load_data, load_networks, make_parser, new_figure, normalise, number, pick_amp, pick_device,
+    picture, progress, provenance, random_network, run_cli, save_checkpoint, save_figure,
+    stratified_subset, to_config, write_atomically)
 from probe import linear_probe_converged, linear_probe_paper, mean_std
 
-FREE = MAY_CHANGE - {"epochs"} | {"a", "b", "run"}  # what may change on --resume
+FREE = MAY_CHANGE - {"epochs"} | {"a", "b", "run", "made"}  # what may change on --resume
 
 
-# ---- Geometry: points of a plane, or of a line, as mixtures of networks --------------------------
-# A point is written by its coefficients c: θ = θ_0 + Σ c_i·(θ_i − θ_0). That is all one needs:
-# lengths and angles follow from the inner products of θ_0 and the differences, and no basis vector
-# as long as the network is ever made.
+# ---- Geometry: planes and lines in weight space --------------------------------------------------
+
+def flat(parameters):
+    """A list of tensors, with N numbers in all, as one float64 vector (N,)."""
+    return torch.cat([p.detach().reshape(-1) for p in parameters]).double()
+
 
 @torch.no_grad()
-def place(parameters, anchors, coefficients):
-    """Move `parameters`, a list of tensors, to θ_0 + Σ c_i·(θ_i − θ_0); `anchors` are as long lists
-    θ_0, θ_1, ...
+def place(parameters, theta):
+    """Set `parameters`, a list of tensors, to the vector `theta` (N,): the inverse of `flat`."""
+    for p, values in zip(parameters, theta.split([p.numel() for p in parameters])):
+        p.copy_(values.view_as(p))
 
-    In float64 and with θ_0's own coefficient, 1 − Σ c_i: so rounding to float32 gives every anchor
-    back to the last bit.
+
+def plane_basis(theta, axes):
+    """Origin (N,) and basis (2, N) of the plane through three points `theta` (3, N), float64.
+
+    `barycentric`: the origin is θ_0 and the basis are the steps to θ_1 and θ_2. `orthonormal`:
+    lengths and angles are those of weight space, the x axis points from θ_0 to θ_1, and the origin
+    is the plane's point of least norm. Raises Problem where the points span no plane.
     """
-    coefficients = [1 - sum(coefficients), *coefficients]
-    for p, *corners in zip(parameters, *anchors):
-        p.copy_(sum(c * corner.double() for c, corner in zip(coefficients, corners)))
-
-
-def inner_products(anchors):
-    """(3, 3) float64 inner products of θ_0, θ_1 − θ_0 and θ_2 − θ_0."""
-    theta = torch.stack([torch.cat([p.detach().reshape(-1) for p in anchor])
-                         for anchor in anchors]).double()
-    theta[1:] -= theta[0]
-    return (theta @ theta.T).cpu().numpy()
-
-
-def plane_basis(products, axes):
-    """Coordinates of the three anchors on the plane, (3, 2) float64; the map from coefficients to
-    them is affine.
-
-    `barycentric`: (0, 0), (1, 0), (0, 1). `orthonormal`: lengths and angles are those of weight
-    space, the x axis points from θ_0 to θ_1, and the origin is the plane's point of least norm.
-    Raises Problem where the points span no plane.
-    """
-    norm_0, d1, d2 = np.sqrt(products.diagonal())
-    cosine = products[1, 2] / (d1 * d2) if d1 * d2 > 0 else 1.0
-    if min(d1, d2) < 1e-6 * norm_0 or 1 - cosine**2 < 1e-6:
+    step_1, step_2 = theta[1:] - theta[0]
+    e1 = step_1 / step_1.norm().clamp(min=1e-300)
+    height = step_2 - step_2 @ e1 * e1  # Gram-Schmidt
+    if (min(step_1.norm(), step_2.norm()) < 1e-6 * theta[0].norm()
+            or height.norm() < 1e-3 * step_2.norm()):
         raise Problem("the three points lie on one line, or two of them coincide (a student near "
-                      "its teacher starts where "
-                      "the teacher is): no plane goes through them; take another view or another "
-                      "run")
+                      "its teacher starts where the teacher is): no plane goes through them; take "
+                      "another view or another run")
     if axes == "barycentric":
-        return np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    # Gram-Schmidt on the differences; θ_0's own coordinates are its components along the plane
-    along, height = products[1, 2] / d1, d2 * math.sqrt(1 - cosine**2)
-    x0 = products[0, 1] / d1
-    y0 = (products[0, 2] - along * x0) / height
-    return np.array([[x0, y0], [x0 + d1, y0], [x0 + along, y0 + height]])
+        return theta[0], torch.stack([step_1, step_2])
+    e2 = height / height.norm()
+    return theta[0] - theta[0] @ e1 * e1 - theta[0] @ e2 * e2, torch.stack([e1, e2])
 
 
-def to_coefficients(points, anchors):
-    """Coefficients (n, 2) of the points (n, 2) on the plane whose anchors have the coordinates
-    `anchors` (3, 2).
-    """
-    return (points - anchors[0]) @ np.linalg.inv(anchors[1:] - anchors[0])
-
-
-def norms(coefficients, products):
-    """‖θ‖₂ (n,) of the points with these coefficients (n, 2)."""
-    v = np.column_stack([np.ones(len(coefficients)), coefficients])
-    return np.sqrt(np.einsum("ni,ij,nj->n", v, products, v).clip(0))
-
-
-def default_limits(anchors, axes):
-    """(x low, high), (y low, high) of a square that reaches well beyond the three anchors."""
-    if axes == "barycentric":
-        return (-0.5, 1.5), (-0.5, 1.5)
-    low, high = anchors.min(0), anchors.max(0)
-    reach = 0.85 * (high - low).max()
-    return tuple((middle - reach, middle + reach) for middle in (low + high) / 2)
+def coordinates(theta, origin, basis):
+    """Coordinates (3, 2) of the points `theta` (3, N) on the plane with that origin and basis."""
+    return torch.linalg.solve(basis @ basis.T, basis @ (theta - origin).T).T.cpu().numpy()
 
 
 def error_along_line(a, b, ts, error):
     """error(state) at the points (1−t)·a + t·b for t in `ts`, as an array; a and b are state dicts.
 
-    In float64, as `place`: the ends are exact, and a line between equal networks is one point.
+    In float64, so that the ends are exact, and a line between equal networks is one point.
     """
-    def mix(p, q, t):
-        return ((1 - t) * p.double() + t * q.double()).to(p.dtype) if p.is_floating_point() else p
-
-    return np.array([error({name: mix(p, b[name], t) for name, p in a.items()}) for t in ts])
+    return np.array([error({name: torch.lerp(p.double(), b[name].double(), t).to(p.dtype)
+                            for name, p in a.items()}) for t in ts])
 
 
 def barrier(errors):
-    """Highest error on a line minus the mean of its two ends, in the unit of `errors` (...,
-    points).
-    """
+    """Highest error on a line minus the mean of its ends, in the unit of `errors` (..., points)."""
     return errors.max(-1) - (errors[..., 0] + errors[..., -1]) / 2
+
+
+def summary(errors):
+    """Test errors in % (pairs, points) of several lines, in words."""
+    return (f"test error at the ends {errors[:, [0, -1]].mean():.2f} %, barrier "
+            f"{mean_std(barrier(errors))} points, {len(errors)} pairs")
 
 
 # ---- Data and files ------------------------------------------------------------------------------
 
 def labelled_subset(x, y, n):
-    """A stratified subset of n images and labels, or all if n is None, always the same ones in the
-    same order.
+    """n images and labels, each class in its share, or all if n is None; always the same ones.
 
-    The order is shuffled: data sets come sorted by class, and a batch norm that sees one class at a
+    In a shuffled order: data sets come sorted by class, and a batch norm that sees one class at a
     time would give it away. Raises Problem without labels.
     """
     if len(y.unique()) < 2:
@@ -143,6 +110,17 @@ def labelled_subset(x, y, n):
     x, y, *_ = stratified_subset(Data(x, y, None, None, None), n)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     return x[order], y[order]
+
+
+def load_shuffled(args, distilled, n, device):
+    """n training images of args.dataset, their labels, args.n_test test images, their labels, and
+    the number of classes.
+    """
+    data = load_data(args.dataset, distilled["image_size"], args.data_dir, args.mirror,
+                     device=device)
+    return (*labelled_subset(data.train_x, data.train_y, n),
+            *labelled_subset(data.test_x, data.test_y, min(args.n_test, len(data.test_y))),
+            len(data.classes))
 
 
 def save_npz(path, config, arrays):
@@ -159,11 +137,12 @@ def read_npz(path):
         raise Problem(f"no file {path}: make one with landscape.py plane or connect") from None
     except Exception as error:  # numpy and zipfile have many
         raise Problem(f"{path} is truncated or not a file of landscape.py "
-                      f"({type(error).__name__}): compute it again") from None
+                      f"({type(error).__name__}): name another, or compute it again") from None
 
 
 # ---- plane ---------------------------------------------------------------------------------------
 
+CHUNK = 8  # points whose probes train together
 QUANTITIES = {"kl": "KL to the teacher (nats)", "linear_paper": "linear probe, paper (%)",
               "linear_converged": "linear probe, converged (%)"}
 
@@ -181,19 +160,17 @@ def anchors_of(args):
     alpha, shape = locality(config["init_eps"]), {key: config[key] for key in SHAPE}
     if args.view == "shared":
         teacher_b, student_b, config_b = load_networks(args.b)
-        check_same(f"{args.a} to {args.b}", shape, {key: config_b[key] for key in SHAPE})
+        check_same(args.b, config_b, shape)
         if fingerprint(teacher) != fingerprint(teacher_b):
             raise Problem(f"{args.a} and {args.b} have different teachers: a shared view wants "
-                          "runs with the same --seed "
-                          f"(here {config['seed']} and {config_b['seed']})")
-        alpha_b = locality(config_b["init_eps"])
-        return teacher, {"θ_T": teacher, f"θ*_S({alpha})": student,
-                         f"θ*_S({alpha_b})": student_b}, config
+                          "runs with the same --seed")
+        third = {f"θ*_S({locality(config_b['init_eps'])})": student_b}
+        return teacher, {"θ_T": teacher, f"θ*_S({alpha})": student, **third}, config
     redrawn = random_network(2 * config["seed"], **shape)
     if not config["teacher"] and fingerprint(teacher) != fingerprint(redrawn):
         raise Problem(f"this version of torch does not draw the teacher of {args.a} again from its "
-                      "seed, so the student's "
-                      f"start is lost too: take --view shared, or distil again")
+                      "seed, so the student's start is lost too: take --view shared, or distil "
+                      "again")
     start = init_student(teacher, random_network(2 * config["seed"] + 1, **shape),
                          config["init_eps"])
     return teacher, {"θ_T": teacher, f"θ_S({alpha})": start, f"θ*_S({alpha})": student}, config
@@ -202,42 +179,33 @@ def anchors_of(args):
 def plane_args(argv):
     parser, add = make_parser(plane.__doc__, "landscape.py plane")
     parser.add_argument("a", metavar="A", type=Path, help="run directory of distill.py")
-    parser.add_argument("b", metavar="B", type=Path, nargs="?", help="another one with the same "
-                                                                     "teacher, for the shared view")
+    parser.add_argument("b", metavar="B", type=Path, nargs="?",
+                        help="another one with the same teacher, for the shared view")
     add("--view", "which three points (default: shared where there is a run B)",
         choices=("shared", "non-local"))
     add("--axes", "orthonormal keeps lengths and angles; barycentric counts in steps from the "
-                  "teacher to the others",
-        "orthonormal", choices=("orthonormal", "barycentric"))
+        "teacher to the others", "orthonormal", choices=("orthonormal", "barycentric"))
     add("--grid", "so many points a side", 25, type=number(int, 3))
     for axis in ("--x", "--y"):
         add(axis, "its lowest and highest value, for a crop or a longer reach (default: well "
-                  "beyond the three points)",
-            type=float, nargs=2, metavar=("LOW", "HIGH"))
+            "beyond the three points)", type=number(float, -1e9, 1e9), nargs=2,
+            metavar=("LOW", "HIGH"))
     add("--encoder-only", "the plane of the encoders' weights; KL between softmaxed embeddings "
-                          "(Fig. 13-16)", False,
-        action="store_true")
-    add("--bn", "batch norm's statistics: each batch's own, or averaged anew at every point",
-        "batch",
-        choices=("batch", "reset"))
-    add("--n-samples", "at most so many training images, for the KL and to train the probes "
-                       "on", 5000, type=POSITIVE)
+        "(Fig. 13-16)", False, action="store_true")
+    add("--n-samples", "at most so many training images, for the KL and to train the probes on",
+        5000, type=POSITIVE)
     add("--n-test", "at most so many test images, to score the probes on", 2000, type=POSITIVE)
     add("--dataset", "labelled images (default: those that run A was distilled on)")
-    add("--chunk", "points whose probes train together; fewer take less memory", 8, type=POSITIVE)
     add("--out", "the .npz file (default: <A>/plane-<view>.npz, with B's name and -encoder where "
-                 "they apply)", type=Path)
+        "they apply)", type=Path)
     add_common_options(add)
     args = parser.parse_args(argv)
     args.view = args.view or ("shared" if args.b else "non-local")
     if (args.view == "shared") != (args.b is not None):
         parser.error("--view shared wants two runs, A and B; --view non-local one")
-    for limits in (args.x, args.y):
-        if limits and not -math.inf < limits[0] < limits[1] < math.inf:
-            parser.error("--x and --y want a lower and a higher number")
     other = f"-{folder(args.b).name}" if args.b else ""
-    args.out = args.out or folder(
-        args.a) / f"plane-{args.view}{other}{'-encoder' * args.encoder_only}.npz"
+    name = f"plane-{args.view}{other}{'-encoder' * args.encoder_only}.npz"
+    args.out = args.out or folder(args.a) / name
     if args.out.suffix != ".npz":
         parser.error("--out wants a name that ends in .npz")
     return args
@@ -255,11 +223,9 @@ def plane(argv):
     The points of `shared` are the teacher and the students of runs A and B, those of `non-local`
     the teacher, the student of run A and where that student started.
 
-    Batch norm (`--bn`): a point of the plane has weights but no statistics of its own. The running
-    ones of an anchor belong to that anchor's activations; at any other point they would normalise
-    by the wrong mean and variance, and the picture would show that error. So `batch` takes those of
-    each batch, as the student's training does, and `reset` averages them anew at every point and
-    then measures in eval mode, as the probes of probe.py do.
+    A point of the plane has weights, but no batch-norm statistics of its own, and those of an
+    anchor would normalise by the wrong mean and variance anywhere else. So at every point each
+    batch is normalised by its own statistics, as in the student's training.
     """
     args = plane_args(argv)
     device = pick_device(args.device)
@@ -268,110 +234,97 @@ def plane(argv):
     args.amp = pick_amp(args.amp, device, distilled["arch"], distilled["norm"])
 
     # Data: some of the images the student saw, normalised as they were for it
-    data = load_data(args.dataset, distilled["image_size"], args.data_dir, args.mirror,
-                     device=device)
     seen = distilled["n_samples"] if args.dataset == distilled["dataset"] else None
-    images, labels = labelled_subset(data.train_x, data.train_y, seen)
+    images, labels, test_x, test_y, n_classes = load_shuffled(args, distilled, seen, device)
     stats = channel_stats(images)
     images, labels = labelled_subset(images, labels, min(args.n_samples, len(labels)))
-    test_x, test_y = labelled_subset(data.test_x, data.test_y, min(args.n_test, len(data.test_y)))
     batches, test_batches = (  # even ones: none of a single image
         [normalise(x, stats)
          for x in part.tensor_split(math.ceil(len(part) / distilled["batch_size"]))]
         for part in (images, test_x))
 
-    # The plane
+    # The plane: the anchors, and then a grid that reaches well beyond them
     teacher.to(device).eval()
-    network = random_network(0, **{key: distilled[key]
-                                   for key in SHAPE}).requires_grad_(False).to(device)
-    *anchors, parameters = ([p.detach().to(device)
-                             for p in (net.encoder if args.encoder_only else net).parameters()]
-                            for net in (*networks.values(), network))
-    products = inner_products(anchors)
-    corners = plane_basis(products, args.axes)
-    x, y = (np.linspace(*(limits or default), args.grid)
-            for limits, default in zip((args.x, args.y), default_limits(corners, args.axes)))
-    # the anchors come first
-    points = np.concatenate([corners, np.stack(np.meshgrid(x, y), axis=2).reshape(-1, 2)])
-    coefficients = to_coefficients(points, corners)
-    config = plain(args) | {
-        "n_images": len(images), "n_test_images": len(test_x), "distilled": distilled,
-        "made": provenance(device),
-        "anchors": [fingerprint(net)[:12] for net in networks.values()]}
-    arrays = {"x": x, "y": y, "points": points, "anchors": np.array(list(networks)),
-              "norm": norms(coefficients, products),
-              "done": np.array(0),
-              **{quantity: np.full(len(points), np.nan) for quantity in QUANTITIES}}
+    network = deepcopy(teacher).requires_grad_(False).train()  # its weights go from point to point
+    *anchors, parameters = (
+        list((net.encoder if args.encoder_only else net).to(device).parameters())
+        for net in (*networks.values(), network))
+    theta = torch.stack([flat(anchor) for anchor in anchors])
+    origin, basis = plane_basis(theta, args.axes)
+    corners = coordinates(theta, origin, basis)
+    low, high = corners.min(0), corners.max(0)
+    middle, reach = (low + high) / 2, 0.85 * (high - low).max()
+    x, y = (np.linspace(*sorted(limits or (centre - reach, centre + reach)), args.grid)
+            for limits, centre in zip((args.x, args.y), middle))
+    grid = np.stack(np.meshgrid(x, y), axis=2).reshape(-1, 2)
+    arrays = {"x": x, "y": y, "points": np.concatenate([corners, grid]),
+              "anchors": np.array(list(networks)),
+              **dict.fromkeys(("norm", *QUANTITIES), np.empty(0))}
+    config = to_config(args) | {
+        "n_images": len(images), "n_test_images": len(test_x),
+        "weights": [fingerprint(net)[:12] for net in networks.values()],
+        "distilled": distilled, "made": provenance(device)}
     if args.out.exists():
         if not args.resume:
             raise Problem(f"{args.out} exists: add --resume to go on with it, or name another file "
                           "with --out")
         begun_with, arrays = read_npz(args.out)
-        check_same(args.out, begun_with, config, FREE | {"made"})
-    print(f"{distilled['arch']} on {args.dataset}: {args.grid} x {args.grid} points, KL and probes "
-          f"on {len(images):,} images, "
-          f"scored on {len(test_x):,}, m={distilled['out_dim']:,}, {device.type}, amp {args.amp} "
-          f"-> {args.out}", flush=True)
+        check_same(args.out, begun_with, config, FREE)
+    save_npz(args.out, config, arrays)  # if it cannot be written, say so now
+    print(f"{distilled['arch']}{progress(distilled)} on {args.dataset}: {args.grid} x {args.grid} "
+          f"points, KL and probes on {len(images):,} images, scored on {len(test_x):,}, "
+          f"m={distilled['out_dim']:,}, {device.type}, amp {args.amp} -> {args.out}", flush=True)
 
-    with torch.no_grad():
-        # the same at every point
+    with torch.no_grad():  # the same at every point
         teacher_embeddings = [embed(teacher.encoder, batch) for batch in batches]
 
-    def logits(net, embedding):
-        """What the KL compares; the softmax of the embedding itself for encoders alone."""
-        return embedding if args.encoder_only else net.last_layer(net.projector(embedding))
+    def kl_to_teacher(batches_of_embeddings):
+        """The KL at a point, in float64, which is exact in its usual form (KLDivergence); for
+        encoders alone that of the softmaxed embeddings.
+        """
+        kl = 0.0
+        for pair in zip(teacher_embeddings, batches_of_embeddings):
+            if not args.encoder_only:
+                pair = (net.last_layer(net.projector(embeddings))
+                        for net, embeddings in zip((teacher, network), pair))
+            p, q = (logits.double() for logits in pair)
+            kl += kl_by_log_softmax(p, q).item() * len(p) / len(images)
+        return kl
 
     @torch.no_grad()
-    def measure(point):
-        """KL, features of the training images and of the test images at one point: one forward pass
-        gives all three.
+    def measure(i):
+        """Norm, KL, features of the training images and of the test images at point i.
 
         One point at a time: vmap over four points took 2.5 times as long (CPU; ResNet20 and VGG11,
         batches of 128).
         """
-        place(parameters, anchors, point)
-        network.train()
-        if args.bn == "reset":
-            with autocast(device, args.amp):
-                update_bn(batches, network.encoder)
-            network.eval()
-        features, test_features = (
-            [embed(network.encoder, batch, args.amp) for batch in part]
-            for part in (batches, test_batches))
-        kl = 0.0
-        for embedding, teacher_embedding in zip(features, teacher_embeddings):
-            both = logits(teacher, teacher_embedding), logits(network, embedding)
-            loss = KLDivergence.apply(*both)
-            if not loss.isfinite():  # e^d overflowed: at a KL so far from 0 the usual form is right
-                loss = kl_by_log_softmax(*both)
-            kl += loss.item() * len(embedding) / len(images)
-        return kl, torch.cat(features), torch.cat(test_features)
+        point = torch.from_numpy(arrays["points"][i]).to(device)
+        here = theta[i] if i < 3 else origin + point @ basis  # the anchors to the last bit
+        place(parameters, here)
+        features, test_features = ([embed(network.encoder, batch, args.amp) for batch in part]
+                                   for part in (batches, test_batches))
+        kl = kl_to_teacher(features)
+        if not math.isfinite(kl):
+            raise Problem(f"the network is not finite at {arrays['points'][i].round(3)}: keep --x "
+                          "and --y closer to the anchors")
+        return here.norm().item(), kl, torch.cat(features), torch.cat(test_features)
 
-    clock, first = time.time(), int(arrays["done"])
-    for start in range(first, len(points), args.chunk):
-        chunk = slice(start, start + args.chunk)
-        kl, *features = zip(*map(measure, coefficients[chunk]))
+    clock, total = time.time(), len(arrays["points"])
+    for start in range(len(arrays["kl"]), total, CHUNK):
+        norm, kl, *features = zip(*map(measure, range(start, min(start + CHUNK, total))))
         features, test_features = map(torch.stack, features)
-        if not all(torch.isfinite(values).all()
-                   for values in (torch.tensor(kl), features, test_features)):
-            raise Problem(f"the network is not finite near {points[start].round(3)}: keep --x and "
-                          "--y closer to the anchors")
-        probe_data = features, labels, test_features, test_y, len(data.classes)
-        arrays["kl"][chunk] = kl
-        arrays["linear_paper"][chunk] = linear_probe_paper(*probe_data).max(0).values.cpu()
-        arrays["linear_converged"][chunk] = linear_probe_converged(*probe_data).cpu()
-        done = start + len(kl)
-        arrays["done"] = np.array(done)
+        probe_data = features, labels, test_features, test_y, n_classes
+        measured = {"norm": norm, "kl": kl,
+                    "linear_paper": linear_probe_paper(*probe_data).max(0).values.cpu(),
+                    "linear_converged": linear_probe_converged(*probe_data).cpu()}
+        for name, values in measured.items():
+            arrays[name] = np.concatenate([arrays[name], values])
         save_npz(args.out, config, arrays)
-        seconds = (time.time() - clock) / (done - first)
-        print(f"{done:7d} of {len(points)} points, {seconds:.2f} s each, "
-              f"ETA {timedelta(seconds=round(seconds * (len(points) - done)))}", flush=True)
-    print(f"{'anchor':10}{'x':>10}{'y':>10}{'norm':>10}{'KL (nats)':>12}{'linear (paper)':>17}"
-          f"{'(converged)':>13}")
-    columns = (arrays[key] for key in ("anchors", "points", "norm", *QUANTITIES))
-    for name, (x, y), norm, kl, paper, converged in zip(*columns):
-        print(f"{name:10}{x:10.3f}{y:10.3f}{norm:10.3f}{kl:12.3e}{paper:17.2f}{converged:13.2f}")
-    print(f"{args.out}: all {len(points)} points are done; to see them: python landscape.py plot "
+        print(f"{start + len(kl):7d} of {total} points, {time.time() - clock:.0f} s", flush=True)
+    for i, name in enumerate(arrays["anchors"]):
+        print(f"{name:10}" + ", ".join(f"{label} {arrays[quantity][i]:.5g}"
+                                       for quantity, label in QUANTITIES.items()))
+    print(f"{args.out}: all {total} points are done; to see them: python landscape.py plot "
           f"{args.out}")
 
 
@@ -410,55 +363,55 @@ def connect(argv):
     args = connect_args(argv)
     device = pick_device(args.device)
     teacher, student, distilled = load_checkpoint(args.run, device)
-    starts = student, teacher  # in the order of INITS
-    complete(args, distilled)
+    fill_defaults(args, distilled)
     checkpoint = checkpoint_to_resume(args, "landscape.py", FREE)
     args.amp = pick_amp(args.amp, device, distilled["arch"], distilled["norm"])
-    data = load_data(args.dataset, distilled["image_size"], args.data_dir, args.mirror,
-                     device=device)
-    images, labels = labelled_subset(data.train_x, data.train_y, args.n_samples)
-    test_x, test_y = labelled_subset(data.test_x, data.test_y, min(args.n_test, len(data.test_y)))
-    stats, n_pairs = channel_stats(images), math.comb(args.copies, 2)
-    config = plain(args) | {
-        "n_images": len(images), "n_test_images": len(test_x), "distilled": distilled,
-        "made": provenance(device),
-        "starting_weights": [fingerprint(encoder)[:12] for encoder in starts]}
+    images, labels, test_x, test_y, n_classes = load_shuffled(args, distilled, args.n_samples,
+                                                              device)
+    stats = channel_stats(images)
+    starts = dict(zip(INITS, (student, teacher)))
+    config = to_config(args) | {
+        "n_images": len(images), "n_test_images": len(test_x),
+        "starting_weights": [fingerprint(encoder)[:12] for encoder in starts.values()],
+        "distilled": distilled, "made": provenance(device)}
     copies, lines = [], []  # state dicts and lists of test errors, the student's first
     if checkpoint:
-        check_same(args.out, checkpoint["config"], config, FREE | {"made", "distilled"})
+        check_same(args.out, checkpoint["config"], config, FREE | {"distilled"})
         copies, lines = checkpoint["copies"], checkpoint["lines"]
-    print(f"{distilled['arch']} of {args.run} on {args.dataset}: {args.copies} copies each of "
-          "student and random init, "
-          f"{len(images):,} images, {args.epochs} epochs in batches of {args.batch_size}; lines "
-          f"over {len(test_x):,} test "
+    print(f"{distilled['arch']} of {args.run}{progress(distilled)} on {args.dataset}: "
+          f"{args.copies} copies each of student and random init, {len(images):,} images, "
+          f"{args.epochs} epochs in batches of {args.batch_size}; lines over {len(test_x):,} test "
           f"images, {device.type}, amp {args.amp} -> {args.out}", flush=True)
 
     def save():
         save_checkpoint(args.out / "last.pt", "landscape.py", config=config, copies=copies,
                         lines=lines)
 
-    for i in range(len(copies), 2 * args.copies):
-        start, copy = divmod(i, args.copies)
-        network = classifier(deepcopy(starts[start]), ARCHS[distilled["arch"]][1],
-                             len(data.classes), args.seed)
-        network.train().to(device)
+    def new_classifier(encoder):
+        return classifier(deepcopy(encoder), ARCHS[distilled["arch"]][1], n_classes,
+                          args.seed).train().to(device)
+
+    def train_copy(encoder, order_seed):
+        """A fine-tuned copy of `encoder` with its linear classifier."""
+        network = new_classifier(encoder)
         optimizer = torch.optim.SGD(network.parameters(), lr=args.lr, momentum=0.9,
                                     weight_decay=1e-4)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        for _, loss in fine_tune(network, optimizer, scaler, images, labels, args,
-                                 order_seed=args.seed + copy):
+        for _, loss in fine_tune(network, optimizer, scaler, images, labels, args, order_seed):
             pass
         if not loss.isfinite():
-            raise Problem(f"the loss of copy {i} is not finite: lower --lr or take --amp off; what "
+            raise Problem("the loss of a copy is not finite: lower --lr or take --amp off; what "
                           f"{args.out} held is kept")
+        return network
+
+    for init, copy in list(itertools.product(INITS, range(args.copies)))[len(copies):]:
+        network = train_copy(starts[init], args.seed + copy)
         copies.append({name: t.cpu() for name, t in network.state_dict().items()})
         save()
         accuracy = classification_accuracy(network, test_x, test_y, stats, args.amp)
-        print(f"{INITS[start]}, copy {copy}: test error {100 - accuracy:.2f} %", flush=True)
+        print(f"{init}, copy {copy}: test error {100 - accuracy:.2f} %", flush=True)
 
-    between = classifier(student, ARCHS[distilled["arch"]][1], len(data.classes),
-                         args.seed).to(device)
-    # any images: their order is random
+    between = new_classifier(student)  # its weights go along the lines
     bn_batches = [normalise(x, stats) for x in images[:BN_IMAGES].split(500)]
 
     def error(state):
@@ -469,20 +422,14 @@ def connect(argv):
         return 100 - classification_accuracy(between, test_x, test_y, stats, args.amp)
 
     ts, pairs = np.linspace(0, 1, args.points), list(itertools.combinations(range(args.copies), 2))
-    for i in range(len(lines), 2 * n_pairs):
-        start, pair = divmod(i, n_pairs)
-        a, b = (copies[start * args.copies + copy] for copy in pairs[pair])
-        lines.append(error_along_line(a, b, ts, error).tolist())
+    for i, (a, b) in list(itertools.product((0, args.copies), pairs))[len(lines):]:
+        lines.append(error_along_line(copies[i + a], copies[i + b], ts, error).tolist())
         save()
-    errors = np.array(lines).reshape(2, n_pairs, args.points)
+    errors = np.array(lines).reshape(2, len(pairs), args.points)
     save_npz(args.out / "connect.npz", config,
              {"t": ts, "pairs": np.array(pairs), "error": errors, "barrier": barrier(errors)})
-    print(f"{'line':30}{'ends':>16}{'highest':>10}{'barrier':>10}   (test error in %)")
-    for title, lines in zip(INITS, errors):
-        for (a, b), line in zip(pairs, lines):
-            ends = f"{line[0]:.2f}, {line[-1]:.2f}"
-            print(f"{f'{title}, {a} to {b}':30}{ends:>16}{line.max():10.2f}{barrier(line):10.2f}")
-        print(f"barrier, {title}: {mean_std(barrier(lines))} points over {n_pairs} pairs")
+    for init, lines in zip(INITS, errors):
+        print(f"{init}: {summary(lines)}")
     print(f"{args.out}/connect.npz is complete; to see it: python landscape.py plot "
           f"{args.out}/connect.npz")
 
@@ -490,29 +437,24 @@ def connect(argv):
 # ---- Pictures, drawn from the files alone --------------------------------------------------------
 
 def plot(argv):
-    """Draw what plane or connect computed: planes side by side, one row a quantity; or lines, one
-    panel a start.
+    """Draw what plane or connect computed: planes, a row each with a column a quantity; or lines,
+    one panel a start.
     """
     parser, add = make_parser(plot.__doc__, "landscape.py plot")
-    parser.add_argument("files", nargs="+", type=Path, help=".npz files of plane, or of connect "
-                                                            "(their pairs are pooled)")
+    parser.add_argument("files", nargs="+", type=Path,
+                        help=".npz files of plane, or of connect (their pairs are pooled)")
     add("--figure", "the picture: .png, .pdf or .svg (default: beside the first file, .png)",
         type=picture)
     add("--kl-range", "ends of the colours for the KL; the paper's are 1e-7 1e-3, with raw rows "
-                      "(default: from the data)",
-        type=number(float, 1e-300), nargs=2, metavar=("LOW", "HIGH"))
+        "(default: from the data)", type=number(float, 1e-300), nargs=2, metavar=("LOW", "HIGH"))
     add("--accuracy-range", "ends of the colours for accuracy in %%; the paper's are 10 50 "
-                            "(default: from the data)",
-        type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"))
+        "(default: from the data)", type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"))
     args = parser.parse_args(argv)
-    for low, high in filter(None, (args.kl_range, args.accuracy_range)):
-        if low >= high:
-            parser.error("--kl-range and --accuracy-range want a lower and a higher number")
     files = {path: read_npz(path) for path in args.files}
-    are_planes = ["kl" in arrays for _, arrays in files.values()]
-    if any(are_planes) != all(are_planes):
+    are_planes = {"kl" in arrays for _, arrays in files.values()}
+    if len(are_planes) > 1:
         raise Problem("planes and lines do not go into one picture: plot them apart")
-    figure = draw_planes(files, args) if all(are_planes) else draw_lines(files)
+    figure = draw_planes(files, args) if are_planes == {True} else draw_lines(files)
     save_figure(figure, args.figure or args.files[0].with_suffix(".png"))
 
 
@@ -528,30 +470,26 @@ def describe(config):
 
 
 def draw_planes(files, args):
-    """A column for every file, a row for every quantity; white contours of ‖θ‖ and the three
+    """A row for every file, a column for every quantity; white contours of ‖θ‖ and the three
     anchors (Fig. 5).
     """
     from matplotlib.colors import LogNorm, Normalize
     for path, (_, arrays) in files.items():
-        if arrays["done"] < len(arrays["points"]):
-            raise Problem(f"{path} holds {arrays['done']} of {len(arrays['points'])} points: "
-                          "finish it with --resume first")
-    shape, size = (3, len(files)), (0.9 + 3.6 * len(files), 9.6)
-    if len(files) == 1:  # one plane lies better on its side
-        shape, size = (1, 3), (12.5, 4)
-    figure, axes = new_figure(*shape, figsize=size)
-    for row, (quantity, label) in zip(axes.reshape(3, -1), QUANTITIES.items()):
+        done, total = len(arrays["kl"]), len(arrays["points"])
+        if done < total:
+            raise Problem(f"{path} holds {done} of {total} points: finish it with --resume first")
+    figure, axes = new_figure(len(files), 3, figsize=(12.5, 4 * len(files)), squeeze=False)
+    for column, (quantity, label) in zip(axes.T, QUANTITIES.items()):
         everything = np.concatenate([arrays[quantity] for _, arrays in files.values()])
+        limits, scale = args.accuracy_range or (everything.min(), everything.max()), Normalize
         if quantity == "kl":
-            scale = LogNorm(*(args.kl_range or np.quantile(everything[everything > 0],
-                                                           (0.005, 0.995))), clip=True)
-        else:
-            scale = Normalize(*(args.accuracy_range or (everything.min(), everything.max())),
-                              clip=True)
-        for axis, (config, arrays) in zip(row, files.values()):
+            extremes = np.quantile(everything[everything > 0], (0.005, 0.995))
+            limits, scale = args.kl_range or extremes, LogNorm
+        for axis, (config, arrays) in zip(column, files.values()):
             x, y = arrays["x"], arrays["y"]
             values, norm = (arrays[key][3:].reshape(len(y), len(x)) for key in (quantity, "norm"))
-            colours = axis.pcolormesh(x, y, values, norm=scale, rasterized=True)
+            colours = axis.pcolormesh(x, y, values, norm=scale(*sorted(limits), clip=True),
+                                      rasterized=True)
             axis.clabel(axis.contour(x, y, norm, 6, colors="white", linewidths=0.8), fontsize=7)
             axis.autoscale(False)  # anchors beyond a crop do not widen it
             for point, name, marker in zip(arrays["points"], arrays["anchors"], "*os"):
@@ -563,7 +501,7 @@ def draw_planes(files, args):
             axis.set_xlabel(f"steps to {arrays['anchors'][1]}")
             if config["axes"] == "orthonormal":
                 axis.set(aspect="equal", xlabel="distance in weight space")
-        figure.colorbar(colours, ax=row, label=label)
+        figure.colorbar(colours, ax=column, label=label)
     titles = "\n".join(describe(config) for config, _ in files.values())
     figure.suptitle(f"{titles}; white lines: ‖θ‖", fontsize=10)
     return figure
@@ -582,10 +520,9 @@ def draw_lines(files):
         errors = np.concatenate([lines["error"][start] for _, lines in files.values()])
         axis.plot(arrays["t"], errors.T, color="grey", linewidth=0.8)
         axis.plot(arrays["t"], errors.mean(0), linewidth=2.5)
-        summary = f"barrier {mean_std(barrier(errors))} points, {len(errors)} pairs"
-        axis.set(title=f"{title}\n{summary}", xlabel="position on the line",
-                 ylabel="test error (%)")
-        print(f"{title}: ends {errors[:, [0, -1]].mean():.2f} %, {summary}")
+        print(f"{title}: {summary(errors)}")
+        axis.set(title=f"{title}\nbarrier {mean_std(barrier(errors))}, {len(errors)} pairs",
+                 xlabel="position on the line", ylabel="test error (%)")
     figure.suptitle(describe(config), fontsize=10)
     return figure
 
@@ -593,13 +530,11 @@ def draw_lines(files):
 # ---- Main ----------------------------------------------------------------------------------------
 
 def main(argv=None):
-    argv, commands = sys.argv[1:] if argv is None else argv, {"plane": plane, "connect": connect,
-                                                              "plot": plot}
-    if argv and argv[0] in commands:
-        return commands[argv[0]](argv[1:])
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"plane": plane, "connect": connect, "plot": plot}
     parser, _ = make_parser(__doc__)
     parser.add_argument("command", choices=commands, help="each has a --help of its own")
-    parser.parse_args(argv)
+    commands[parser.parse_args(argv[:1]).command](argv[1:])
 
 
 if __name__ == "__main__":

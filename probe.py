@@ -23,7 +23,7 @@ from torch import nn
 from distill import (
     ARCHS, DATASETS, MAY_CHANGE, PROBES, SEED, Problem, add_common_options, channel_stats, embed,
     fingerprint, load_checkpoint, load_data, make_parser, new_figure, normalise, pick_device,
-    picture, provenance, random_network, read_json, run_cli, save_figure, write_json)
+    picture, progress, provenance, random_network, read_json, run_cli, save_figure, write_json)
 
 
 # ---- The probes ----------------------------------------------------------------------------------
@@ -157,8 +157,8 @@ COLUMNS = {"linear_paper": "linear (paper, best)", "linear_paper_last": "(paper,
 
 def mean_std(values):
     """12.34 ± 0.56 as text, without the deviation for a single value."""
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}"
-                                               if len(values) > 1 else "")
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
 
 
 def print_table(rows):
@@ -200,16 +200,14 @@ def draw(path, runs, levels):
 
 def parse_args(argv=None):
     parser, add = make_parser(__doc__)
-    parser.add_argument("runs", nargs="*", type=Path, help="run directories of distill.py, or "
-                                                           "checkpoint files")
-    add("--teacher", f"probe random teachers of these kinds, without a run: "
-                     f"{', '.join(ARCHS)}", [], nargs="+",
-        choices=ARCHS, metavar="ARCH")
+    parser.add_argument("runs", nargs="*", type=Path,
+                        help="run directories of distill.py, or checkpoint files")
+    add("--teacher", f"probe random teachers of these kinds, without a run: {', '.join(ARCHS)}", [],
+        nargs="+", choices=ARCHS, metavar="ARCH")
     add("--seeds", "of the random teachers, with --teacher; those of distill.py's runs with the "
-                   "same --seed", [0], nargs="+",
-        type=SEED, metavar="SEED")
+        "same --seed", [0], nargs="+", type=SEED, metavar="SEED")
     add("--dataset", f"data to probe on: {', '.join(DATASETS)}, or a folder of images (default: "
-                     "what the runs used)")
+        "what the runs used)")
     add("--json", "also write every accuracy to this file, as soon as it is known", type=Path)
     add("--figure", "also draw accuracy over steps to this file (.png, .pdf, .svg)", type=picture)
     add_common_options(add, amp="off")
@@ -221,61 +219,65 @@ def parse_args(argv=None):
     return args
 
 
+def encoders_of(args, runs, image_size):
+    """Yield (row of the table, name, encoder, name of its teacher or None) of all to be probed."""
+    yield ("raw pixels",), "raw pixels", nn.Flatten(), None
+    for arch, seed in itertools.product(args.teacher, args.seeds):
+        encoder = random_network(2 * seed, arch, 1, image_size).encoder
+        yield (f"teacher {arch}",), f"teacher {arch} seed {seed}", encoder, None
+    teachers = {}
+    for path, (teacher, student, config) in runs.items():
+        key = fingerprint(teacher)
+        if key not in teachers:  # one that several runs share is probed once
+            teachers[key] = f"teacher of {path}"
+            yield (f"teacher {config['arch']}",), teachers[key], teacher, None
+        name = re.sub("-?seed[0-9]+$", "", path.name)
+        alike = {**config, **dict.fromkeys((*MAY_CHANGE, "seed"))}  # what its seeds have in common
+        row = f"student {name}{progress(config)}", str(alike)
+        yield row, f"student {path}", student, teachers[key]
+
+
 def main(argv=None):
     args = parse_args(argv)
     results = read_json(args.json) if args.json and args.json.exists() else {}
     if results and not args.resume:
         raise Problem(f"{args.json} exists: add --resume to go on with it, or name another file "
                       "with --json")
+    if args.json:
+        write_json(args.json, results)  # if it cannot be written, say so now
     device = pick_device(args.device)
     runs = {path: load_checkpoint(path, device) for path in args.runs}
     used = {(args.dataset or config["probe_dataset"] or config["dataset"], config["image_size"])
-            for *_, config in runs.values()}
+            for *_, config in runs.values()} or {(args.dataset, 32)}
     if len(used) > 1:
         raise Problem(f"these runs use different data, {sorted(used)}: name one with --dataset, or "
                       "probe them apart")
-    dataset, image_size = used.pop() if used else (args.dataset, 32)
+    (dataset, image_size), = used
     data = load_data(dataset, image_size, args.data_dir, args.mirror, device=device)
     if len(data.test_y) == 0:
         raise Problem(f"{dataset} has no labels to probe: name a labelled data set with --dataset")
     about = {"dataset": dataset, "train_images": len(data.train_y),
              "test_images": len(data.test_y), "amp": args.amp}
     print(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, "
-          f"{len(data.classes)} classes, "
-          f"{device.type}")
-
-    def probe(name, encoder):
-        """The probes of an encoder, taken from the --json file if it has them, and kept there."""
-        if name not in results:
-            results[name] = {**evaluate(encoder.to(device), data, args.amp), **about,
-                             **provenance(device)}
-        if not about.items() <= results[name].items():
+          f"{len(data.classes)} classes, {device.type}")
+    rows = {}
+    for row, name, encoder, teacher in encoders_of(args, runs, image_size):
+        weights, known = fingerprint(encoder)[:12], results.get(name, about)
+        if not about.items() <= known.items():
             raise Problem(f"{args.json} was measured on other data than {dataset}, or with another "
                           "--amp: name another file")
+        if known.get("weights") != weights:  # not probed yet, or it has been trained since
+            results[name] = {**evaluate(encoder.to(device), data, args.amp), **about,
+                             "weights": weights, **provenance(device)}
         if args.json:
             write_json(args.json, results)
-        print(f"  {name}: " + ", ".join(f"{title} {results[name][key]:.2f}" for key,
-                                        title in PROBES.items()), flush=True)
-        return results[name]
-
-    raw, teachers, rows = probe("raw pixels", nn.Flatten()), {}, {}
-    for arch, seed in itertools.product(args.teacher, args.seeds):
-        encoder = random_network(2 * seed, arch, 1, image_size).encoder
-        rows.setdefault((f"teacher {arch}",), []).append((probe(f"teacher {arch} seed "
-                                                                f"{seed}", encoder), None))
-    for path, (teacher, student, config) in runs.items():
-        key = fingerprint(teacher)
-        if key not in teachers:  # one that several runs share is probed once
-            teachers[key] = probe(f"teacher of {path}", teacher)
-            rows.setdefault((f"teacher {config['arch']}",), []).append((teachers[key], None))
-        name = re.sub("-?seed[0-9]+$", "", path.name)
-        # what its seeds have in common
-        kind = f"student {name}", str({**config, **dict.fromkeys((*MAY_CHANGE, "seed"))})
-        rows.setdefault(kind, []).append((probe(f"student {path}", student), teachers[key]))
-    print_table({("raw pixels",): [(raw, None)], **rows})
+        print(f"  {name}: " + ", ".join(f"{title} {results[name][probe]:.2f}"
+                                        for probe, title in PROBES.items()), flush=True)
+        rows.setdefault(row, []).append((results[name], results.get(teacher)))
+    print_table(rows)
     if args.figure:
-        draw(args.figure, runs,
-             {"raw pixels": raw, "random teacher": next(iter(teachers.values()))})
+        levels = {"raw pixels": "raw pixels", "random teacher": f"teacher of {args.runs[0]}"}
+        draw(args.figure, runs, {label: results[name] for label, name in levels.items()})
 
 
 if __name__ == "__main__":

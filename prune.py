@@ -27,10 +27,10 @@ import torch
 
 from distill import (
     ARCHS, MAY_CHANGE, Problem, add_common_options, add_fine_tuning_options, channel_stats,
-    check_same, checkpoint_to_resume, classification_accuracy, classifier, complete, fine_tune,
-    fingerprint, load_checkpoint, load_data, make_parser, new_figure, number, pick_amp, pick_device,
-    picture, plain, provenance, read_json, run_cli, save_checkpoint, save_figure, stratified_subset,
-    write_csv, write_json)
+    check_same, check_undisturbed, checkpoint_to_resume, classification_accuracy, classifier,
+    fill_defaults, fine_tune, fingerprint, load_checkpoint, load_data, make_parser, new_figure,
+    number, pick_amp, pick_device, picture, progress, provenance, read_json, run_cli,
+    save_checkpoint, save_figure, stratified_subset, to_config, write_csv, write_json)
 
 
 # ---- Masks ---------------------------------------------------------------------------------------
@@ -52,8 +52,8 @@ def magnitude_mask(weights, mask, keep):
     """The `keep` largest |weights| of all layers together, of those that `mask` has left, as a new
     mask.
     """
-    magnitude = torch.cat([w.abs().masked_fill(~mask[name], -1).flatten() for name,
-                           w in weights.items()])
+    magnitude = torch.cat([w.abs().masked_fill(~mask[name], -1).flatten()
+                           for name, w in weights.items()])
     survives = torch.zeros_like(magnitude, dtype=torch.bool)
     # by rank, not by threshold: ties add none
     survives[magnitude.argsort(descending=True, stable=True)[:keep]] = True
@@ -81,33 +81,30 @@ def apply_mask(weights, mask):
 
 # ---- Main: train, prune, rewind ------------------------------------------------------------------
 
-# %, %, % (best: over epochs' ends)
+# accuracies in %, the best over all epochs' ends
 LOG_COLUMNS = ("round", "weights_left", "best_accuracy", "final_accuracy", "seconds")
 FREE = MAY_CHANGE - {"epochs"} | {"run", "rounds"}  # what may change on --resume
 
 
 def parse_args(argv=None):
     parser, add = make_parser(__doc__)
-    parser.add_argument("run", type=Path, help="run directory of distill.py, whose student or "
-                                               "teacher is pruned")
+    parser.add_argument("run", type=Path,
+                        help="run directory of distill.py, whose student or teacher is pruned")
     add("--init", "start at the distilled student or at its random teacher", "student",
         choices=("student", "random"))
     add("--rewind-epoch", "rewind to the end of this epoch of the first training; 0 is the very "
-                          "start", 0,
-        type=number(int, 0), metavar="ℓ")
+        "start", 0, type=number(int, 0), metavar="ℓ")
     add("--control", "random: prune as many weights of each layer as their magnitudes would have "
-                     "it, but any",
-        choices=("random",))
+        "it, but any", choices=("random",))
     add("--prune-all", "prune biases and norms too, as the released code does", False,
         action="store_true")
     add("--rounds", "number of prunings, each with a training; 24 leave 0.5 %%", 24,
         type=number(int, 0, 1000))
     add("--rate", "share of the remaining weights that a round prunes; larger is quicker and "
-                  "rougher", 0.2,
-        type=number(float, 1e-9, 0.999))
+        "rougher", 0.2, type=number(float, 1e-9, 0.999))
     add_fine_tuning_options(add)
-    add("--out", "directory of the curve (default: <run>/prune-<init>-rewind<ℓ>, with "
-                 "-control)", type=Path)
+    add("--out", "directory of the curve (default: <run>/prune-<init>-rewind<ℓ>, with -control)",
+        type=Path)
     add_common_options(add)
     args = parser.parse_args(argv)
     if args.rewind_epoch >= args.epochs:
@@ -129,7 +126,7 @@ def main(argv=None):
     device = pick_device(args.device)
     teacher, student, distilled = load_checkpoint(args.run, device)
     encoder = student if args.init == "student" else teacher
-    complete(args, distilled)
+    fill_defaults(args, distilled)
     checkpoint = checkpoint_to_resume(args, "prune.py", FREE)
     args.amp = pick_amp(args.amp, device, distilled["arch"], distilled["norm"])
 
@@ -139,7 +136,7 @@ def main(argv=None):
         raise Problem(f"{args.dataset} has no labels to train on: name a labelled data set with "
                       "--dataset")
     data = stratified_subset(data, args.n_samples)
-    config = {**plain(args), "n_images": len(data.train_y),
+    config = {**to_config(args), "n_images": len(data.train_y),
               "starting_weights": fingerprint(encoder)[:12], "distilled": distilled}
     if checkpoint:
         check_same(args.out, checkpoint["config"], config, FREE | {"distilled"})
@@ -173,7 +170,8 @@ def main(argv=None):
         print(f"{row['round']:5d}{row['weights_left']:18.2f}{row['best_accuracy']:18.2f}"
               f"{row['final_accuracy']:18.2f}{row['seconds']:18.2f}{eta!s:>18}", flush=True)
 
-    print(f"{distilled['arch']} from the {args.init} weights of {args.run} on {args.dataset}: "
+    print(f"{distilled['arch']} from the {args.init} weights of {args.run}{progress(distilled)} on "
+          f"{args.dataset}: "
           f"{len(data.train_y):,} images, {args.epochs * per_epoch:,} steps of {args.batch_size} a "
           f"round, {total:,} weights to prune, seed {args.seed}, {device.type}, amp {args.amp} -> "
           f"{args.out}")
@@ -209,6 +207,7 @@ def main(argv=None):
             raise Problem(f"weights are not finite after round {round_number}: lower --lr or take "
                           f"--amp off; what {args.out} held is kept")
         seconds = time.time() - clock
+        check_undisturbed(args.out / "log.csv", LOG_COLUMNS, log)
         row = round_number, 100 * left / total, max(accuracies), accuracies[-1], seconds
         log.append(dict(zip(LOG_COLUMNS, row)))
         save_checkpoint(args.out / "last.pt", "prune.py", config=config,

@@ -26,20 +26,19 @@ environment() {  # sets PY to a Python with the packages: the active one, or els
 
 quick() {  # what is done is skipped, what was interrupted goes on, and a student that went on is probed again
     local student="$PY distill.py --arch resnet20 --out-dim 1024 --batch-size 128 --steps 400 --eval-every 100 --resume"
-    local out=runs/quick run start
+    local out=runs/quick start
     $student --dataset leaves --init-eps 0 --out $out/eps0 "$@"
     $student --dataset leaves --init-eps inf --out $out/epsinf "$@"
     $student --dataset noise --n-samples 10000 --probe-dataset leaves --init-eps 0 --out $out/noise "$@"
-    for run in eps0 epsinf noise; do [ $out/summary.json -nt $out/$run/last.pt ] || rm -f $out/summary.json; done
     $PY probe.py $out/{eps0,epsinf,noise} --dataset leaves --json $out/summary.json --resume --figure figures/quick.png
     # Lottery tickets in miniature: the student, its random teacher, and the student under random masks
     for start in "" "--init random" "--control random"; do
-        $PY prune.py $out/eps0 --n-samples 1250 --epochs 4 --batch-size 64 --rate 0.65 --rounds 2 --resume $start; done
+        $PY prune.py $out/eps0 --n-samples 1000 --epochs 3 --batch-size 50 --rate 0.65 --rounds 2 --resume $start; done
     $PY prune.py plot $out/eps0 --figure figures/quick_tickets.png
     # The landscape in miniature: a plane through the teacher and two students, and lines between fine-tuned copies
     $PY landscape.py plane $out/eps0 $out/epsinf --grid 9 --n-samples 200 --n-test 200 --resume
     $PY landscape.py plot $out/eps0/plane-shared-epsinf.npz --figure figures/quick_plane.png
-    $PY landscape.py connect $out/eps0 --copies 3 --n-samples 1000 --epochs 4 --batch-size 64 --points 5 \
+    $PY landscape.py connect $out/eps0 --copies 3 --n-samples 1000 --epochs 3 --batch-size 50 --points 5 \
         --n-test 500 --resume
     $PY landscape.py plot $out/eps0/connect/connect.npz --figure figures/quick_connect.png
     echo "the numbers: $out/summary.json; in $out/eps0, prune-*/log.csv and *.npz; the pictures: figures/quick*.png"
