@@ -52,6 +52,14 @@ class Problem(Exception):
     """Something the user can put right; its text is one line that says how."""
 
 
+def say(text=""):
+    """Print a line at once. When nobody reads any more (`| head`), go on in silence."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 # ---- Models: network = last layer ∘ projector ∘ encoder (Table 5, App. E) ------------------------
 
 def vgg(plan, *_):
@@ -365,7 +373,7 @@ def stratified_subset(data, n):
     shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     member = F.one_hot(data.train_y.cpu()[shuffled]).float()  # of which class
     # the k-th of a class of K ranks at (k − 1/2)/K: the n lowest take each class evenly
-    rank = (member * (member.cumsum(0) - 0.5) / member.sum(0)).sum(1)
+    rank = (member * (member.cumsum(0) - 0.5) / member.sum(0).clamp(min=1)).sum(1)
     chosen = shuffled[rank.argsort(stable=True)[:n]].sort().values
     return data._replace(train_x=data.train_x[chosen], train_y=data.train_y[chosen])
 
@@ -392,8 +400,8 @@ def downloading(url, folder):
     one line.
     """
     if not folder.exists():
-        print(f"downloading {url} to {folder.parent}/ (CIFAR's host can take an hour); from a "
-              f"mirror: --mirror URL; without a download: --dataset leaves", flush=True)
+        say(f"downloading {url} to {folder.parent}/ (CIFAR's host can take an hour); from a "
+            f"mirror: --mirror URL; without a download: --dataset leaves")
     socket.setdefaulttimeout(60)  # a silent host is an error, not a wait for ever
     try:
         yield
@@ -405,15 +413,19 @@ def downloading(url, folder):
 
 def stack(dataset):
     """A torchvision data set as images (n, 3, s, s) uint8 and labels (n,)."""
-    images, labels = zip(*dataset)
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
+    # at once, so that what does not fit into memory is an error now
+    images = np.empty((len(dataset), *np.asarray(dataset[0][0]).shape), np.uint8)
+    labels = torch.empty(len(dataset), dtype=torch.int64)
+    for i, (image, label) in enumerate(dataset):
+        images[i], labels[i] = image, label
+    return torch.from_numpy(images).permute(0, 3, 1, 2), labels
 
 
 def archive(name, data_dir, mirror):
     """CIFAR or STL10 by torchvision's downloader, which checks the MD5 sum of what it gets."""
-    source, splits = getattr(torchvision.datasets, name.upper()), (True, False)
-    if name == "stl10":
-        splits = ("train", "test")  # 5,000 labelled images; 100,000 without labels are not used
+    source = getattr(torchvision.datasets, name.upper())
+    # of STL10 5,000 labelled images; 100,000 without labels are not used
+    splits = ("train", "test") if name == "stl10" else (True, False)
     if mirror:
         source.url = f"{mirror.rstrip('/')}/{source.filename}"
     with downloading(source.url, Path(data_dir) / source.base_folder):
@@ -487,7 +499,7 @@ def image_folder(folder, image_size):
         flat = folder / "val/images"  # of Tiny ImageNet as it comes: all classes in one folder
         part = "test" if (folder / "test" / train.classes[0]).is_dir() else "val"
         test = Folder(folder / part, crop)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise Problem(f"{folder} needs train/<class>/ and test/<class>/ (or val/) folders of "
                       f"images ({error})") from None
     if flat.exists():
@@ -924,7 +936,7 @@ def new_figure(*shape, **options):
 
 def save_figure(figure, path):
     write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150))
-    print(f"the picture: {path}")
+    say(f"the picture: {path}")
 
 
 def parse_args(argv=None):
@@ -991,7 +1003,7 @@ def show(row, eta=""):
     """Print a row of the log, with its probes if it has any."""
     numbers = (f"{row['epoch']:7.1f} {row['kl']:10.3e} {row['distance']:9.3f} "
                f"{row['images_per_s']:9.0f}")
-    print(f"{row['step']:7d} {numbers} {eta!s:>9}{scores(row)}", flush=True)
+    say(f"{row['step']:7d} {numbers} {eta!s:>9}{scores(row)}")
 
 
 def scores(row):
@@ -1021,7 +1033,7 @@ def main(argv=None):
     if log:
         write_csv(args.out / "log.csv", LOG_COLUMNS, log)  # a kill may have come before it
     if start >= steps:
-        return print(f"{args.out}: all {steps:,} steps are done")
+        return say(f"{args.out}: all {steps:,} steps are done")
 
     # Teacher and student. In eval mode a random teacher's batch norms use their initial statistics,
     # mean 0 and variance 1, while the student's use each batch's own: so with batch norm the two
@@ -1048,7 +1060,7 @@ def main(argv=None):
     # The teacher runs once. It is frozen, the images are not augmented, and in eval mode its output
     # for an image does not depend on the rest of the batch: so n vectors of 256 numbers hold all
     # that it will ever say (its n·m logits would take 13 GB), and a step costs no teacher encoder
-    print(f"running the teacher once over {len(images):,} images, then probing it", flush=True)
+    say(f"running the teacher once over {len(images):,} images, then probing it")
     with torch.no_grad():
         vectors = torch.cat([teacher.projector(embed(teacher.encoder, normalise(x, stats)))
                              for x in images.split(args.batch_size)])
@@ -1062,15 +1074,14 @@ def main(argv=None):
         return LOSSES[args.loss](teacher_logits, student_logits)
 
     # What is known before the first step: what run.json tells beside the settings, and the teacher
-    print(f"{args.arch} on {args.dataset}: {len(images):,} images, {steps:,} steps of "
-          f"{args.batch_size}, m={args.out_dim:,}, ε={args.init_eps:g}, seed {args.seed}, "
-          f"{device.type}, amp {args.amp} -> {args.out}")
-    print(f"{'step':>7} {'epoch':>7} {'MSE' if args.loss == 'mse' else 'KL (nats)':>10} from init "
-          f" images/s       ETA{''.join(f'{title:>20}' for title in PROBES.values())}", flush=True)
+    say(f"{args.arch} on {args.dataset}: {len(images):,} images, {steps:,} steps of "
+        f"{args.batch_size}, m={args.out_dim:,}, ε={args.init_eps:g}, seed {args.seed}, "
+        f"{device.type}, amp {args.amp} -> {args.out}")
+    say(f"{'step':>7} {'epoch':>7} {'MSE' if args.loss == 'mse' else 'KL (nats)':>10} from init "
+        f" images/s       ETA{''.join(f'{title:>20}' for title in PROBES.values())}")
     about = checkpoint["about"] if checkpoint else {"made": []}
     about |= {"n_images": len(images), "total_steps": steps}
     about["made"].append({**provenance(device), "from_step": start})
-    interrupts = []  # by Ctrl-C, a cluster that wants its node, a closed terminal, `| head`
 
     def add_to_log(row, saving):
         """Log a row: in the checkpoint, in log.csv, and at last on the screen."""
@@ -1083,11 +1094,7 @@ def main(argv=None):
             write_json(args.out / "run.json", {**config, **about})
         write_csv(args.out / "log.csv", LOG_COLUMNS, log)
         seconds = (steps - row["step"]) * args.batch_size / (row["images_per_s"] or math.inf)
-        try:
-            show(row, eta=timedelta(seconds=round(seconds)) if row["step"] else "")
-        except BrokenPipeError:
-            hush()
-            interrupts.append(signal.SIGPIPE)
+        show(row, eta=timedelta(seconds=round(seconds)) if row["step"] else "")
 
     if checkpoint:
         for name, part in state.items():
@@ -1095,13 +1102,14 @@ def main(argv=None):
         show(log[-1])
     else:
         probes = about["teacher_probes"] = evaluate(teacher.encoder, probe_data)
-        print(f"{'teacher':>7}{'':49}{scores(probes)}", flush=True)
+        say(f"{'teacher':>7}{'':49}{scores(probes)}")
         if fingerprint(student.encoder) != fingerprint(teacher.encoder):  # equal at ε = 0
             probes = evaluate(student.encoder, probe_data)
         add_to_log({"step": 0, "epoch": 0.0, "kl": math.nan, "distance": 0.0, "images_per_s": 0,
                     **probes}, saving=True)
 
     # Train, and between the steps log, probe and save
+    interrupts = []  # by Ctrl-C, a cluster that wants its node, a closed terminal
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda signum, frame: interrupts.append(signum))
     losses, clock = [], time.time()
@@ -1122,19 +1130,14 @@ def main(argv=None):
                 row |= evaluate(student.encoder, probe_data)
             add_to_log(row, saving=probing or stopping)
             if len(log) == 2 and row["distance"] == 0:
-                print("the student has not moved: its loss has no gradient")
+                say("the student has not moved: its loss has no gradient")
                 if args.init_eps == 0 and (args.norm != "batch" or "resnet" not in args.arch):
-                    print("without batch norm ε=0 is a fixed point, and here nothing rounds it "
-                          "away (README, \"The fixed point\"): take --init-eps 1e-10")
+                    say("without batch norm ε=0 is a fixed point, and here nothing rounds it "
+                        "away (README, \"The fixed point\"): take --init-eps 1e-10")
             losses, clock = [], time.time()
         if stopping and step < steps:
-            print(f"stopped after step {step:,}; the same command with --resume goes on from here")
+            say(f"stopped after step {step:,}; the same command with --resume goes on from here")
             sys.exit(128 + interrupts[0])
-
-
-def hush():
-    """Let nothing be printed any more, once nobody reads it (`| head`, a pipe that was killed)."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_cli(main):
@@ -1145,9 +1148,6 @@ def run_cli(main):
         stream.reconfigure(errors="replace")  # a terminal without ε shows a question mark
     try:
         return main()
-    except BrokenPipeError:  # what was done is saved
-        hush()
-        sys.exit(128 + signal.SIGPIPE)
     except Problem as error:
         message = error
     except OSError as error:

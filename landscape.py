@@ -30,7 +30,7 @@ from distill import (
     autocast, channel_stats, check_same, checkpoint_to_resume, classification_accuracy, classifier,
     embed, fill_defaults, fine_tune, fingerprint, init_student, kl_by_log_softmax, load_checkpoint,
     load_data, load_networks, make_parser, new_figure, normalise, number, pick_amp, pick_device,
-    picture, progress, provenance, random_network, run_cli, save_checkpoint, save_figure,
+    picture, progress, provenance, random_network, run_cli, save_checkpoint, save_figure, say,
     stratified_subset, to_config, write_atomically)
 from probe import linear_probe_converged, linear_probe_paper, mean_std
 
@@ -271,9 +271,9 @@ def plane(argv):
         begun_with, arrays = read_npz(args.out)
         check_same(args.out, begun_with, config, FREE)
     save_npz(args.out, config, arrays)  # if it cannot be written, say so now
-    print(f"{distilled['arch']}{progress(distilled)} on {args.dataset}: {args.grid} x {args.grid} "
-          f"points, KL and probes on {len(images):,} images, scored on {len(test_x):,}, "
-          f"m={distilled['out_dim']:,}, {device.type}, amp {args.amp} -> {args.out}", flush=True)
+    say(f"{distilled['arch']}{progress(distilled)} on {args.dataset}: {args.grid} x {args.grid} "
+        f"points, KL and probes on {len(images):,} images, scored on {len(test_x):,}, "
+        f"m={distilled['out_dim']:,}, {device.type}, amp {args.amp} -> {args.out}")
 
     with torch.no_grad():  # the same at every point
         teacher_embeddings = [embed(teacher.encoder, batch) for batch in batches]
@@ -320,12 +320,12 @@ def plane(argv):
         for name, values in measured.items():
             arrays[name] = np.concatenate([arrays[name], values])
         save_npz(args.out, config, arrays)
-        print(f"{start + len(kl):7d} of {total} points, {time.time() - clock:.0f} s", flush=True)
+        say(f"{start + len(kl):7d} of {total} points, {time.time() - clock:.0f} s")
     for i, name in enumerate(arrays["anchors"]):
-        print(f"{name:10}" + ", ".join(f"{label} {arrays[quantity][i]:.5g}"
-                                       for quantity, label in QUANTITIES.items()))
-    print(f"{args.out}: all {total} points are done; to see them: python landscape.py plot "
-          f"{args.out}")
+        say(f"{name:10}" + ", ".join(f"{label} {arrays[quantity][i]:.5g}"
+                                     for quantity, label in QUANTITIES.items()))
+    say(f"{args.out}: all {total} points are done; to see them: python landscape.py plot "
+        f"{args.out}")
 
 
 # ---- connect -------------------------------------------------------------------------------------
@@ -378,10 +378,10 @@ def connect(argv):
     if checkpoint:
         check_same(args.out, checkpoint["config"], config, FREE | {"distilled"})
         copies, lines = checkpoint["copies"], checkpoint["lines"]
-    print(f"{distilled['arch']} of {args.run}{progress(distilled)} on {args.dataset}: "
-          f"{args.copies} copies each of student and random init, {len(images):,} images, "
-          f"{args.epochs} epochs in batches of {args.batch_size}; lines over {len(test_x):,} test "
-          f"images, {device.type}, amp {args.amp} -> {args.out}", flush=True)
+    say(f"{distilled['arch']} of {args.run}{progress(distilled)} on {args.dataset}: "
+        f"{args.copies} copies each of student and random init, {len(images):,} images, "
+        f"{args.epochs} epochs in batches of {args.batch_size}; lines over {len(test_x):,} test "
+        f"images, {device.type}, amp {args.amp} -> {args.out}")
 
     def save():
         save_checkpoint(args.out / "last.pt", "landscape.py", config=config, copies=copies,
@@ -409,7 +409,7 @@ def connect(argv):
         copies.append({name: t.cpu() for name, t in network.state_dict().items()})
         save()
         accuracy = classification_accuracy(network, test_x, test_y, stats, args.amp)
-        print(f"{init}, copy {copy}: test error {100 - accuracy:.2f} %", flush=True)
+        say(f"{init}, copy {copy}: test error {100 - accuracy:.2f} %")
 
     between = new_classifier(student)  # its weights go along the lines
     bn_batches = [normalise(x, stats) for x in images[:BN_IMAGES].split(500)]
@@ -429,9 +429,9 @@ def connect(argv):
     save_npz(args.out / "connect.npz", config,
              {"t": ts, "pairs": np.array(pairs), "error": errors, "barrier": barrier(errors)})
     for init, lines in zip(INITS, errors):
-        print(f"{init}: {summary(lines)}")
-    print(f"{args.out}/connect.npz is complete; to see it: python landscape.py plot "
-          f"{args.out}/connect.npz")
+        say(f"{init}: {summary(lines)}")
+    say(f"{args.out}/connect.npz is complete; to see it: python landscape.py plot "
+        f"{args.out}/connect.npz")
 
 
 # ---- Pictures, drawn from the files alone --------------------------------------------------------
@@ -520,7 +520,7 @@ def draw_lines(files):
         errors = np.concatenate([lines["error"][start] for _, lines in files.values()])
         axis.plot(arrays["t"], errors.T, color="grey", linewidth=0.8)
         axis.plot(arrays["t"], errors.mean(0), linewidth=2.5)
-        print(f"{title}: {summary(errors)}")
+        say(f"{title}: {summary(errors)}")
         axis.set(title=f"{title}\nbarrier {mean_std(barrier(errors))}, {len(errors)} pairs",
                  xlabel="position on the line", ylabel="test error (%)")
     figure.suptitle(describe(config), fontsize=10)

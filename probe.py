@@ -23,7 +23,8 @@ from torch import nn
 from distill import (
     ARCHS, DATASETS, MAY_CHANGE, PROBES, SEED, Problem, add_common_options, channel_stats, embed,
     fingerprint, load_checkpoint, load_data, make_parser, new_figure, normalise, pick_device,
-    picture, progress, provenance, random_network, read_json, run_cli, save_figure, write_json)
+    picture, progress, provenance, random_network, read_json, run_cli, save_figure, say,
+    write_json)
 
 
 # ---- The probes ----------------------------------------------------------------------------------
@@ -165,7 +166,7 @@ def print_table(rows):
     """Print {(label, ...): [(probes in %, probes of its teacher or None), ...]}, a row each, as
     mean ± std over seeds.
     """
-    print(f"\n{'accuracy in %':32}" + "".join(f"{title:>23}" for title in COLUMNS.values()))
+    say(f"\n{'accuracy in %':32}" + "".join(f"{title:>23}" for title in COLUMNS.values()))
     for (label, *_), results in rows.items():
         line = f"{label} ({len(results)} seeds)" if len(results) > 1 else label
         line = f"{line:32}"
@@ -173,8 +174,8 @@ def print_table(rows):
             gains = [probes[probe] - teacher[probe] for probes, teacher in results if teacher]
             gain = f" ({statistics.mean(gains):+.2f})" if gains else ""
             line += f"{mean_std([probes[probe] for probes, _ in results]) + gain:>23}"
-        print(line)
-    print("in brackets: the gain over the student's own teacher")
+        say(line)
+    say("in brackets: the gain over the student's own teacher")
 
 
 def draw(path, runs, levels):
@@ -183,16 +184,15 @@ def draw(path, runs, levels):
     """
     figure, axes = new_figure(1, len(PROBES), figsize=(11, 3.8), sharex=True)
     for axis, (probe, title) in zip(axes, PROBES.items()):
-        for run, style in zip(runs, ["o-", "s--", "^:", "D-.", "v-", "x--"] * len(runs)):
+        for run, marker in zip(runs, "os^Dvx" * len(runs)):
             with open((run if run.is_dir() else run.parent) / "log.csv", newline="") as file:
-                points = [(int(row["step"]), float(row[probe]))
-                          for row in csv.DictReader(file) if row[probe]]
-            axis.plot(*zip(*points), style, label=f"student {run.name}", markersize=4.5)
+                rows = [row for row in csv.DictReader(file) if row[probe]]
+            axis.plot([int(row["step"]) for row in rows], [float(row[probe]) for row in rows],
+                      marker=marker, label=f"student {run.name}")
         for (label, probes), style in zip(levels.items(), ("dotted", "solid")):
             axis.axhline(probes[probe], color="black", linestyle=style, linewidth=1, label=label)
         axis.set(title=title, xlabel="distillation step", ylabel="test accuracy (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6,
-                  frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     save_figure(figure, path)
 
 
@@ -258,8 +258,8 @@ def main(argv=None):
         raise Problem(f"{dataset} has no labels to probe: name a labelled data set with --dataset")
     about = {"dataset": dataset, "train_images": len(data.train_y),
              "test_images": len(data.test_y), "amp": args.amp}
-    print(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, "
-          f"{len(data.classes)} classes, {device.type}")
+    say(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, "
+        f"{len(data.classes)} classes, {device.type}")
     rows = {}
     for row, name, encoder, teacher in encoders_of(args, runs, image_size):
         weights, known = fingerprint(encoder)[:12], results.get(name, about)
@@ -271,8 +271,8 @@ def main(argv=None):
                              "weights": weights, **provenance(device)}
         if args.json:
             write_json(args.json, results)
-        print(f"  {name}: " + ", ".join(f"{title} {results[name][probe]:.2f}"
-                                        for probe, title in PROBES.items()), flush=True)
+        say(f"  {name}: " + ", ".join(f"{title} {results[name][probe]:.2f}"
+                                      for probe, title in PROBES.items()))
         rows.setdefault(row, []).append((results[name], results.get(teacher)))
     print_table(rows)
     if args.figure:

@@ -30,7 +30,7 @@ from distill import (
     check_same, check_undisturbed, checkpoint_to_resume, classification_accuracy, classifier,
     fill_defaults, fine_tune, fingerprint, load_checkpoint, load_data, make_parser, new_figure,
     number, pick_amp, pick_device, picture, progress, provenance, read_json, run_cli,
-    save_checkpoint, save_figure, stratified_subset, to_config, write_csv, write_json)
+    save_checkpoint, save_figure, say, stratified_subset, to_config, write_csv, write_json)
 
 
 # ---- Masks ---------------------------------------------------------------------------------------
@@ -167,25 +167,21 @@ def main(argv=None):
 
     def show(row):
         eta = timedelta(seconds=(args.rounds - row["round"]) * round(row["seconds"]))
-        print(f"{row['round']:5d}{row['weights_left']:18.2f}{row['best_accuracy']:18.2f}"
-              f"{row['final_accuracy']:18.2f}{row['seconds']:18.2f}{eta!s:>18}", flush=True)
+        say(f"{row['round']:5d}{row['weights_left']:18.2f}{row['best_accuracy']:18.2f}"
+            f"{row['final_accuracy']:18.2f}{row['seconds']:18.2f}{eta!s:>18}")
 
-    print(f"{distilled['arch']} from the {args.init} weights of {args.run}{progress(distilled)} on "
-          f"{args.dataset}: "
-          f"{len(data.train_y):,} images, {args.epochs * per_epoch:,} steps of {args.batch_size} a "
-          f"round, {total:,} weights to prune, seed {args.seed}, {device.type}, amp {args.amp} -> "
-          f"{args.out}")
-    print(f"round{'weights left (%)':>18}{'best epoch (%)':>18}{'last epoch (%)':>18}"
-          f"{'seconds':>18}{'ETA':>18}", flush=True)
+    say(f"{distilled['arch']} from the {args.init} weights of {args.run}{progress(distilled)} on "
+        f"{args.dataset}: {len(data.train_y):,} images, {args.epochs * per_epoch:,} steps of "
+        f"{args.batch_size} a round, {total:,} weights to prune, seed {args.seed}, "
+        f"{device.type}, amp {args.amp} -> {args.out}")
+    say(f"round{'weights left (%)':>18}{'best epoch (%)':>18}{'last epoch (%)':>18}"
+        f"{'seconds':>18}{'ETA':>18}")
     for row in log:
         show(row)
-    if len(log) <= args.rounds:
-        write_json(args.out / "config.json", {**config, "made": provenance(device)})
     for round_number in range(len(log), args.rounds + 1):
         left = round(total * (1 - args.rate) ** round_number)
         if round_number == 0:
-            start = 0
-            rewinding_point = snapshot(0)
+            start, rewinding_point = 0, snapshot(0)
         else:  # prune, and rewind: weights, optimiser, schedule, order of the data and crops
             smaller = magnitude_mask(weights, mask, left)
             mask = random_mask(mask, smaller, args.seed + round_number) if args.control else smaller
@@ -213,9 +209,10 @@ def main(argv=None):
         save_checkpoint(args.out / "last.pt", "prune.py", config=config,
                         network=network.state_dict(), mask=mask,
                         rewinding_point=rewinding_point, log=log)
+        write_json(args.out / "config.json", {**config, "made": provenance(device)})
         write_csv(args.out / "log.csv", LOG_COLUMNS, log)
         show(log[-1])
-    print(f"{args.out}: all {args.rounds} rounds are done")
+    say(f"{args.out}: all {args.rounds} rounds are done")
 
 
 # ---- The curves and their picture, from config.json and log.csv alone ----------------------------
@@ -274,21 +271,21 @@ def plot(argv):
     add("--figure", ".png, .pdf or .svg", Path("figures/tickets.png"), type=picture)
     args = parser.parse_args(argv)
     groups, means, titles = read_curves(args.runs), {}, set()
-    print("best epoch's test accuracy in %")
+    say("best epoch's test accuracy in %")
     for column, (label, group) in enumerate(groups.items(), 1):
-        print(f"  [{column}] {label} (n={len(group)})")
+        say(f"  [{column}] {label} (n={len(group)})")
         _, group_titles, _, curves = zip(*group)
         left = sorted(set.intersection(*map(set, curves)))  # the rounds that all repeats have
         accuracies = np.array([[curve[x] for x in left] for curve in curves])
         std = accuracies.std(0, ddof=min(1, len(curves) - 1))
         means[f"{label} (n={len(group)})"] = dict(zip(left, zip(accuracies.mean(0), std)))
         titles.update(group_titles)
-    print("weights left (%)"
-          + "".join(f"{f'[{column}]':>16}" for column in range(1, len(means) + 1)))
+    say("weights left (%)"
+        + "".join(f"{f'[{column}]':>16}" for column in range(1, len(means) + 1)))
     for x in sorted(set().union(*means.values()), reverse=True):
         cells = [f"{curve[x][0]:.2f} ± {curve[x][1]:.2f}".removesuffix(" ± 0.00") if x in curve
                  else "" for curve in means.values()]
-        print(f"{x:16.2f}" + "".join(f"{cell:>16}" for cell in cells))
+        say(f"{x:16.2f}" + "".join(f"{cell:>16}" for cell in cells))
 
     figure, axis = new_figure(figsize=(7, 4.6))
     for (label, curve), marker in zip(means.items(), "osD^vP*X" * len(means)):

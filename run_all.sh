@@ -36,7 +36,7 @@ quick() {  # what is done is skipped, what was interrupted goes on, and a studen
         $PY prune.py $out/eps0 --n-samples 1000 --epochs 3 --batch-size 50 --rate 0.65 --rounds 2 --resume $start; done
     $PY prune.py plot $out/eps0 --figure figures/quick_tickets.png
     # The landscape in miniature: a plane through the teacher and two students, and lines between fine-tuned copies
-    $PY landscape.py plane $out/eps0 $out/epsinf --grid 9 --n-samples 200 --n-test 200 --resume
+    $PY landscape.py plane $out/eps0 $out/epsinf --grid 11 --n-samples 200 --n-test 200 --resume
     $PY landscape.py plot $out/eps0/plane-shared-epsinf.npz --figure figures/quick_plane.png
     $PY landscape.py connect $out/eps0 --copies 3 --n-samples 1000 --epochs 3 --batch-size 50 --points 5 \
         --n-test 500 --resume

@@ -317,10 +317,10 @@ def test_noise_is_gaussian_and_more_of_it_begins_alike():
 
 
 def test_stratified_subset_keeps_every_class_in_its_share():
-    labels = torch.tensor([0] * 600 + [1] * 300 + [2] * 100)
+    labels = torch.tensor([0] * 600 + [2] * 300 + [3] * 100)  # there may be no image of one
     data = distill.Data(torch.arange(1000), labels, None, None, "abc")
     few, again = (distill.stratified_subset(data, 100) for _ in range(2))
-    assert few.train_y.bincount().tolist() == [60, 30, 10]
+    assert few.train_y.bincount().tolist() == [60, 0, 30, 10]
     assert torch.equal(labels[few.train_x], few.train_y)
     assert len(few.train_x.unique()) == 100 and torch.equal(few.train_x, again.train_x)
 
@@ -697,16 +697,15 @@ def test_the_order_of_the_data_depends_on_seed_and_epoch_alone():
 
 
 @pytest.mark.parametrize("stop", ["signal", "pipe", "rival"])
-def test_whatever_ends_a_run_saves_it_and_it_goes_on_to_the_same_result(
-    folder, here, stop
-):
+def test_nothing_that_disturbs_a_run_costs_work(folder, here, stop):
     """SIGTERM; nobody who reads what it prints (`| head`); another process with the same --out."""
     options = f"{SMALL} --dataset {folder} --log-every 1 --eval-every 1000"
+    steps = 30 if stop == "pipe" else 1000
     process = subprocess.Popen(
         [
             sys.executable,
             REPO / "distill.py",
-            *f"{options} --out a --steps 1000".split()
+            *f"{options} --out a --steps {steps}".split()
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -718,12 +717,12 @@ def test_whatever_ends_a_run_saves_it_and_it_goes_on_to_the_same_result(
         assert "--resume goes on" in process.stdout.read() and process.wait() == 143
     elif stop == "pipe":
         process.stdout.close()
-        assert process.wait() == 141 and process.stderr.read() == ""
+        assert process.wait() == 0 and process.stderr.read() == ""
     else:
         distill.main(f"{options} --out a --steps 2 --resume".split())
         assert process.wait() == 1 and "another process" in process.stderr.read()
     stopped = distill.read_checkpoint(Path("a"))["step"]
-    assert stopped == 2 if stop == "rival" else stopped > 2
+    assert stopped in {"rival": [2], "pipe": [30]}.get(stop, range(3, 1000))
     for out in "ab":
         distill.main(f"{options} --steps {stopped + 2} --out {out} --resume".split())
     assert curve("a")[-1]["distance"] == curve("b")[-1]["distance"]
