@@ -60,6 +60,24 @@ def say(text=""):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+# ---- Normalisation of the images -----------------------------------------------------------------
+
+def channel_stats(images):
+    """Mean and std of uint8 images (n, 3, s, s) by channel: (1, 3, 1, 1) float32 in 0..255."""
+    counts = torch.stack([channel.flatten().bincount(minlength=256)
+                          for channel in images.unbind(1)]).double()
+    values = torch.arange(256).to(counts)
+    mean, square = ((counts * values**power).sum(1) / counts.sum(1) for power in (1, 2))
+    std = (square - mean**2).clamp(min=1e-6).sqrt()
+    return tuple(moment.float().view(1, 3, 1, 1) for moment in (mean, std))
+
+
+def normalise(images, stats):
+    """uint8 (B, 3, s, s) -> float32, with mean 0 and variance 1 in each channel over all images."""
+    mean, std = stats
+    return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
 # ---- Models: network = last layer ∘ projector ∘ encoder (Table 5, App. E) ------------------------
 
 def vgg(plan, *_):
@@ -105,12 +123,11 @@ def cifar_resnet(n_blocks, image_size, norm):
 
 
 class ViT(nn.Module):
-    """Vision transformer (Dosovitskiy et al. 2021) whose 12 pre-norm layers are one: they share
-    weights.
+    """Vision transformer (Dosovitskiy et al. 2021) that applies one pre-norm layer twelve times.
 
     So the paper's parameter counts have it, with patches of 16 pixels, though its text says 8
-    (vit-*-p8). Emits the class token. The paper's own ViT attends over heads, not tokens: another
-    network.
+    (vit-*-p8). Emits the class token. In the paper's released code the heads of a token attend to
+    each other; here, as usual, tokens attend to tokens.
     """
     def __init__(self, width, patch, image_size, norm):
         super().__init__()
@@ -238,6 +255,8 @@ def init_student(teacher, student, eps):
     ε = 0 copies the teacher, ε = inf keeps θ̃; the paper's locality α is ε/(1+ε). The root keeps
     the variance of the weights. Every parameter moves, as in the released code: norm weights, 1 in
     both networks, become (1+ε)/√(1+ε²), at most √2. Buffers (batch-norm statistics) stay fresh.
+    The paper's "α ≈ 0", ε = 1e-10, is below float32's resolution but for the smallest weights, of
+    which it changes the last bit: enough to leave a fixed point (README).
     """
     scale = math.hypot(1, eps)
     for theta_t, theta in zip(teacher.parameters(), student.parameters()):
@@ -334,8 +353,9 @@ DATASETS = (*ARCHIVES, "tinyimagenet", "cifar5m", "leaves", "noise")
 def load_data(name, image_size=32, data_dir="data", mirror=None, n=None, device="cpu"):
     """Load a data set by name, or a folder with train/<class>/* and test/<class>/* (or val/).
 
-    `n` is how many training images are wanted: cifar5m has no more, noise no fewer. Raises Problem
-    for an unknown name, a folder without train/, a failed download, an unreadable image.
+    `n` is how many training images are wanted: of cifar5m no more are read, and of noise, if need
+    be, more than 50,000 are drawn. Raises Problem for an unknown name, a folder without train/, a
+    failed download, an unreadable image.
     """
     if name == "leaves":
         data = dead_leaves()
@@ -376,22 +396,6 @@ def stratified_subset(data, n):
     rank = (member * (member.cumsum(0) - 0.5) / member.sum(0).clamp(min=1)).sum(1)
     chosen = shuffled[rank.argsort(stable=True)[:n]].sort().values
     return data._replace(train_x=data.train_x[chosen], train_y=data.train_y[chosen])
-
-
-def channel_stats(images):
-    """Mean and std of uint8 images (n, 3, s, s) by channel: (1, 3, 1, 1) float32 in 0..255."""
-    counts = torch.stack([channel.flatten().bincount(minlength=256)
-                          for channel in images.unbind(1)]).double()
-    values = torch.arange(256).to(counts)
-    mean, square = ((counts * values**power).sum(1) / counts.sum(1) for power in (1, 2))
-    std = (square - mean**2).clamp(min=1e-6).sqrt()
-    return tuple(moment.float().view(1, 3, 1, 1) for moment in (mean, std))
-
-
-def normalise(images, stats):
-    """uint8 (B, 3, s, s) -> float32, with mean 0 and variance 1 in each channel over all images."""
-    mean, std = stats
-    return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager
@@ -632,7 +636,7 @@ def classification_accuracy(network, images, labels, stats, amp):
 def pick_device(name):
     """The torch.device for --device auto, cpu or cuda. Raises Problem where there is no CUDA."""
     torch.backends.cudnn.benchmark = True  # batches of one shape: find the fastest convolution
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # see --amp
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # 10 bits
     if name == "cuda" and not torch.cuda.is_available():
         raise Problem("--device cuda, but torch sees no CUDA device here: use --device cpu")
     return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
@@ -671,7 +675,8 @@ def provenance(device):
     """On what, and by which version of this code: {"hardware", "torch", "commit"}, kept beside
     every result.
     """
-    hardware = f"{os.cpu_count()} cores of {re.search('model name.*: (.*)|$', cpuinfo())[1]}"
+    processor = re.search("model name.*: (.*)|$", cpuinfo())[1] or "an unknown processor"
+    hardware = f"{os.cpu_count()} cores of {processor}"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name()
     commit = git("rev-parse", "--short", "HEAD")
@@ -786,7 +791,7 @@ def load_networks(path):
 
 
 def progress(config):
-    """How far the run with this config of load_networks is, in words, if it is not at its end."""
+    """' (step 21 of 400)' for a run with this config of load_networks; '' if it is finished."""
     step, total = config["step"], config["total_steps"]
     return f" (step {step:,} of {total:,})" if step < total else ""
 
@@ -993,7 +998,7 @@ def parse_args(argv=None):
 
 # ---- Main: the experiment ------------------------------------------------------------------------
 
-# of probe.py
+# of probe.py; linear_paper is the best of its ten epochs, linear_paper_last the tenth
 PROBES = {"linear_paper": "linear (paper)", "linear_converged": "linear (converged)", "knn": "k-NN"}
 LOG_COLUMNS = ("step", "epoch", "kl", "distance", "images_per_s",
                "linear_paper", "linear_paper_last", "linear_converged", "knn")
@@ -1059,7 +1064,9 @@ def main(argv=None):
 
     # The teacher runs once. It is frozen, the images are not augmented, and in eval mode its output
     # for an image does not depend on the rest of the batch: so n vectors of 256 numbers hold all
-    # that it will ever say (its n·m logits would take 13 GB), and a step costs no teacher encoder
+    # that it will ever say (its n·m logits would take 13 GB), and a step costs no teacher encoder.
+    # They are made in float32 also where the student's encoder runs in 16 bits: for ResNet20 that
+    # was measured to do no harm (results/README.md)
     say(f"running the teacher once over {len(images):,} images, then probing it")
     with torch.no_grad():
         vectors = torch.cat([teacher.projector(embed(teacher.encoder, normalise(x, stats)))
@@ -1073,7 +1080,8 @@ def main(argv=None):
         student_logits = student(x, args.amp)
         return LOSSES[args.loss](teacher_logits, student_logits)
 
-    # What is known before the first step: what run.json tells beside the settings, and the teacher
+    # What is known before the first step: `about`, which run.json tells beside the settings (under
+    # "made", where and by which commit each call ran), and the teacher's probes
     say(f"{args.arch} on {args.dataset}: {len(images):,} images, {steps:,} steps of "
         f"{args.batch_size}, m={args.out_dim:,}, ε={args.init_eps:g}, seed {args.seed}, "
         f"{device.type}, amp {args.amp} -> {args.out}")
@@ -1093,7 +1101,7 @@ def main(argv=None):
                             **{name: part.state_dict() for name, part in state.items()})
             write_json(args.out / "run.json", {**config, **about})
         write_csv(args.out / "log.csv", LOG_COLUMNS, log)
-        seconds = (steps - row["step"]) * args.batch_size / (row["images_per_s"] or math.inf)
+        seconds = (steps / per_epoch - row["epoch"]) * len(images) / (row["images_per_s"] or 1)
         show(row, eta=timedelta(seconds=round(seconds)) if row["step"] else "")
 
     if checkpoint:
@@ -1111,7 +1119,8 @@ def main(argv=None):
     # Train, and between the steps log, probe and save
     interrupts = []  # by Ctrl-C, a cluster that wants its node, a closed terminal
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, lambda signum, frame: interrupts.append(signum))
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(signum, lambda signum, frame: interrupts.append(signum))
     losses, clock = [], time.time()
     for step, loss in train(batch_loss, len(images), optimizer, scaler, lambda step: args.lr,
                             steps=steps, batch_size=args.batch_size, seed=args.seed, start=start):
@@ -1122,7 +1131,7 @@ def main(argv=None):
             row = {"step": step, "epoch": step / per_epoch,
                    "kl": torch.stack(losses).double().mean().item(),
                    "distance": distance(parameters, parameters_0),
-                   "images_per_s": len(losses) * args.batch_size / (time.time() - clock)}
+                   "images_per_s": len(losses) * len(images) / per_epoch / (time.time() - clock)}
             if not math.isfinite(row["kl"] + row["distance"]):
                 raise Problem(f"the loss is no longer finite by step {step}: lower --lr or take "
                               f"--amp off; what {args.out} held is kept")
@@ -1130,7 +1139,7 @@ def main(argv=None):
                 row |= evaluate(student.encoder, probe_data)
             add_to_log(row, saving=probing or stopping)
             if len(log) == 2 and row["distance"] == 0:
-                say("the student has not moved: its loss has no gradient")
+                say("the student has not moved at all")
                 if args.init_eps == 0 and (args.norm != "batch" or "resnet" not in args.arch):
                     say("without batch norm ε=0 is a fixed point, and here nothing rounds it "
                         "away (README, \"The fixed point\"): take --init-eps 1e-10")
