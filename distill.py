@@ -779,13 +779,16 @@ def load_networks(path):
     """
     checkpoint = read_checkpoint(Path(path))
     try:
-        config = {**checkpoint["config"], "step": checkpoint["step"],
-                  "total_steps": checkpoint["about"]["total_steps"]}
+        config = {**checkpoint["config"], "step": int(checkpoint["step"]),
+                  "total_steps": int(checkpoint["about"]["total_steps"])}
+        for key, default in to_config(parse_args([])).items():
+            if default is not None and type(config[key]) is not type(default):
+                raise TypeError(f"--{key.replace('_', '-')} is {config[key]}")
         networks = [Network(*(config[key] for key in SHAPE)) for _ in range(2)]
         for network, role in zip(networks, ("teacher", "student")):
             network.to(memory_format=torch.channels_last).load_state_dict(checkpoint[role])
     except Exception as error:
-        reason = str(error).partition("\n")[0]
+        reason = " ".join(str(error).split())[:150]
         raise Problem(f"{path} does not fit this distill.py ({reason}): distil again") from None
     return *networks, config
 
@@ -1046,7 +1049,7 @@ def main(argv=None):
     shape = {key: config[key] for key in SHAPE}
     teacher = random_network(2 * args.seed, **shape)
     if checkpoint:
-        teacher.load_state_dict(checkpoint["teacher"])
+        teacher, *_ = load_networks(args.out)
     elif args.teacher:
         _, teacher, other = load_networks(args.teacher)
         check_same(args.teacher, other, shape)
@@ -1105,8 +1108,12 @@ def main(argv=None):
         show(row, eta=timedelta(seconds=round(seconds)) if row["step"] else "")
 
     if checkpoint:
-        for name, part in state.items():
-            part.load_state_dict(checkpoint[name])
+        try:
+            for name, part in state.items():
+                part.load_state_dict(checkpoint[name])
+        except Exception as error:
+            raise Problem(f"{args.out}/last.pt does not fit this distill.py "
+                          f"({type(error).__name__}): name another --out") from None
         show(log[-1])
     else:
         probes = about["teacher_probes"] = evaluate(teacher.encoder, probe_data)
