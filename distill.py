@@ -310,6 +310,14 @@ def kl_by_log_softmax(teacher_logits, student_logits):
                     reduction="batchmean", log_target=True)
 
 
+def constant_student_kl(teacher_logits):
+    """The KL in nats, from teacher logits (n, m), of the best student that gives every image the
+    same answer: the mean of the teacher's. Without batch norm students may get stuck there.
+    """
+    constant = teacher_logits.softmax(1).mean(0).log()
+    return KLDivergence.apply(teacher_logits, constant.expand_as(teacher_logits)).item()
+
+
 LOSSES = {"kl": KLDivergence.apply, "kl-log-softmax": kl_by_log_softmax, "mse": F.mse_loss}
 
 
@@ -976,11 +984,13 @@ def parse_args(argv=None):
     add("--epochs", "passes over the training images", 100, type=POSITIVE)
     add("--steps", "stop after so many steps, if that is earlier", type=POSITIVE)
     add("--batch-size", "images a step", 256, type=POSITIVE)
-    add("--lr", "constant learning rate; weight decay is 0", 1e-3, type=number(float, 0))
+    add("--lr", "learning rate; weight decay is 0", 1e-3, type=number(float, 0))
+    add("--warmup", "steps in which the learning rate rises to --lr; the paper has none",
+        0, type=number(int, 0))
     add("--seed", "of the teacher, the student's start and the order of the data", 0, type=SEED)
     add("--log-every", "steps between log lines (default: an epoch, at most 100)", type=POSITIVE)
-    add("--eval-every", "steps between probes, with a checkpoint each (default: a tenth of the "
-        "run)", type=POSITIVE)
+    add("--eval-every", "steps between probes, with a checkpoint each (default: a 25th of the "
+        "run, at least 100)", type=POSITIVE)
     add("--out", "run directory (default: runs/<dataset>-<arch>-eps<ε>-seed<seed>)", type=Path)
     add_common_options(add)
     args = parser.parse_args(argv)
@@ -1001,10 +1011,9 @@ def parse_args(argv=None):
 
 # ---- Main: the experiment ------------------------------------------------------------------------
 
-# of probe.py; linear_paper is the best of its ten epochs, linear_paper_last the tenth
+# of probe.py
 PROBES = {"linear_paper": "linear (paper)", "linear_converged": "linear (converged)", "knn": "k-NN"}
-LOG_COLUMNS = ("step", "epoch", "kl", "distance", "images_per_s",
-               "linear_paper", "linear_paper_last", "linear_converged", "knn")
+LOG_COLUMNS = ("step", "epoch", "kl", "distance", "images_per_s", *PROBES)
 
 
 def show(row, eta=""):
@@ -1036,7 +1045,8 @@ def main(argv=None):
     images = stratified_subset(data, args.n_samples).train_x
     stats, per_epoch = channel_stats(images), math.ceil(len(images) / args.batch_size)
     steps = min(args.epochs * per_epoch, args.steps or math.inf)
-    log_every, eval_every = args.log_every or min(per_epoch, 100), args.eval_every or steps // 10
+    log_every = args.log_every or min(per_epoch, 100)
+    eval_every = args.eval_every or max(steps // 25, 100)
     start, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
     if log:
         write_csv(args.out / "log.csv", LOG_COLUMNS, log)  # a kill may have come before it
@@ -1074,6 +1084,9 @@ def main(argv=None):
     with torch.no_grad():
         vectors = torch.cat([teacher.projector(embed(teacher.encoder, normalise(x, stats)))
                              for x in images.split(args.batch_size)])
+        # from some 1,000 images, evenly taken
+        constant_kl = constant_student_kl(
+            teacher.last_layer(vectors[::math.ceil(len(vectors) / 1000)]))
 
     def batch_loss(index, step):
         """Indices (B,) of images -> the KL of the student from the teacher, or another --loss."""
@@ -1083,15 +1096,20 @@ def main(argv=None):
         student_logits = student(x, args.amp)
         return LOSSES[args.loss](teacher_logits, student_logits)
 
+    def learning_rate(step):
+        """Constant, after a linear --warmup."""
+        return args.lr * min(1, (step + 1) / max(args.warmup, 1))
+
     # What is known before the first step: `about`, which run.json tells beside the settings (under
     # "made", where and by which commit each call ran), and the teacher's probes
     say(f"{args.arch} on {args.dataset}: {len(images):,} images, {steps:,} steps of "
         f"{args.batch_size}, m={args.out_dim:,}, ε={args.init_eps:g}, seed {args.seed}, "
         f"{device.type}, amp {args.amp} -> {args.out}")
+    say(f"a student with the same answer for every image would have a KL of {constant_kl:.2e} nats")
     say(f"{'step':>7} {'epoch':>7} {'MSE' if args.loss == 'mse' else 'KL (nats)':>10} from init "
         f" images/s       ETA{''.join(f'{title:>20}' for title in PROBES.values())}")
     about = checkpoint["about"] if checkpoint else {"made": []}
-    about |= {"n_images": len(images), "total_steps": steps}
+    about |= {"n_images": len(images), "total_steps": steps, "constant_student_kl": constant_kl}
     about["made"].append({**provenance(device), "from_step": start})
 
     def add_to_log(row, saving):
@@ -1128,11 +1146,11 @@ def main(argv=None):
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
             signal.signal(signum, lambda signum, frame: interrupts.append(signum))
-    losses, clock = [], time.time()
-    for step, loss in train(batch_loss, len(images), optimizer, scaler, lambda step: args.lr,
-                            steps=steps, batch_size=args.batch_size, seed=args.seed, start=start):
+    losses, clock, steps_on_plateau = [], time.time(), 0
+    for step, loss in train(batch_loss, len(images), optimizer, scaler, learning_rate, steps=steps,
+                            batch_size=args.batch_size, seed=args.seed, start=start):
         losses.append(loss)  # on the device: to ask for its value would keep a GPU waiting
-        probing = step == steps or eval_every and step % eval_every == 0
+        probing = step == steps or step % eval_every == 0
         stopping = bool(interrupts)  # asked once a step: a signal may come at any moment
         if probing or step % log_every == 0 or stopping:
             row = {"step": step, "epoch": step / per_epoch,
@@ -1143,13 +1161,19 @@ def main(argv=None):
                 raise Problem(f"the loss is no longer finite by step {step}: lower --lr or take "
                               f"--amp off; what {args.out} held is kept")
             if probing:
-                row |= evaluate(student.encoder, probe_data)
+                row |= evaluate(student.encoder, probe_data, seeds=[step])
             add_to_log(row, saving=probing or stopping)
             if len(log) == 2 and row["distance"] == 0:
                 say("the student has not moved at all")
                 if args.init_eps == 0 and (args.norm != "batch" or "resnet" not in args.arch):
                     say("without batch norm ε=0 is a fixed point, and here nothing rounds it "
                         "away (README, \"The fixed point\"): take --init-eps 1e-10")
+            on_plateau = abs(row["kl"] - constant_kl) < 0.2 * constant_kl and args.loss != "mse"
+            steps_on_plateau = steps_on_plateau + len(losses) if on_plateau else 0
+            if steps_on_plateau >= 200 > steps_on_plateau - len(losses):
+                say("for 200 steps the KL has been that of a student with the same answer for every "
+                    "image: it may stay so for thousands more (README, \"VGG's plateau\"); "
+                    "--warmup 200 avoids it")
             losses, clock = [], time.time()
         if stopping and step < steps:
             say(f"stopped after step {step:,}; the same command with --resume goes on from here")

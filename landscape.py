@@ -32,7 +32,7 @@ from distill import (
     load_data, load_networks, make_parser, new_figure, normalise, number, pick_amp, pick_device,
     picture, progress, provenance, random_network, run_cli, save_checkpoint, save_figure, say,
     stratified_subset, to_config, write_atomically)
-from probe import linear_probe_converged, linear_probe_paper, mean_std
+from probe import linear_probe, linear_probe_converged, mean_std
 
 FREE = MAY_CHANGE - {"epochs"} | {"a", "b", "run", "made"}  # what may change on --resume
 
@@ -315,7 +315,7 @@ def plane(argv):
         features, test_features = map(torch.stack, features)
         probe_data = features, labels, test_features, test_y, n_classes
         measured = {"norm": norm, "kl": kl,
-                    "linear_paper": linear_probe_paper(*probe_data).max(0).values.cpu(),
+                    "linear_paper": linear_probe(*probe_data)[:, 0].cpu(),
                     "linear_converged": linear_probe_converged(*probe_data).cpu()}
         for name, values in measured.items():
             arrays[name] = np.concatenate([arrays[name], values])

@@ -14,16 +14,18 @@ import csv
 import itertools
 import re
 import statistics
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from distill import (
     ARCHS, DATASETS, MAY_CHANGE, PROBES, SEED, Problem, add_common_options, channel_stats, embed,
-    fingerprint, load_checkpoint, load_data, make_parser, new_figure, normalise, pick_device,
-    picture, progress, provenance, random_network, read_json, run_cli, save_figure, say,
+    fingerprint, init_student, load_checkpoint, load_data, make_parser, new_figure, normalise, number,
+    pick_device, picture, progress, provenance, random_network, read_json, run_cli, save_figure, say,
     write_json)
 
 
@@ -37,31 +39,33 @@ def accuracy(logits, labels):
     return 100 * (logits.argmax(-1) == labels).double().mean(-1)
 
 
-def linear_probe_paper(x, y, test_x, test_y, n_classes, seed=0, epochs=10):
-    """The paper's linear probe (App. E): test accuracy in % after each epoch of AdamW at torch's
-    defaults, (epochs, P).
+def linear_probe(x, y, test_x, test_y, n_classes, seeds=(0,), epochs=10):
+    """The paper's linear probe (App. E): test accuracy in % after ten epochs of AdamW at torch's
+    defaults, (P, D).
 
     `x` and `test_x` are features (P, n, r) float32, not standardised, `y` and `test_y` labels (n,).
-    One shuffle, then the same batches of 256 in every epoch. All P heads start alike.
+    Each of the D `seeds` is a draw of the head's initial weights and of one shuffle, so of the
+    batches of 256, which are the same in every epoch. P·D heads train.
     """
-    torch.manual_seed(seed)
-    head = nn.Linear(x.shape[2], n_classes)  # torch's default initialisation
-    weight, bias = (p.detach().T.repeat(len(x), 1, 1).to(x.device).requires_grad_()
-                    for p in (head.weight, head.bias[:, None]))
-    optimizer = torch.optim.AdamW([weight, bias], fused=True)
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(x.device)
-    batches = list(zip(x[:, order].split(256, dim=1), y[order].split(256)))
-    accuracies = []
-    for epoch in range(epochs):
-        for features, labels in batches:
-            optimizer.zero_grad()
-            logits = torch.baddbmm(bias, features, weight).flatten(0, 1)
-            # each head's mean, summed
-            loss = F.cross_entropy(logits, labels.repeat(len(x)), reduction="sum") / len(labels)
-            loss.backward()
-            optimizer.step()
-        accuracies.append(accuracy(torch.baddbmm(bias, test_x, weight), test_y))
-    return torch.stack(accuracies)
+    heads, orders = [], []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        heads.append(nn.Linear(x.shape[2], n_classes))  # torch's default initialisation
+        orders.append(torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)))
+    weight, bias = (torch.stack([p.detach() for p in part]).repeat(len(x), 1, 1).to(x.device)
+                    for part in zip(*((head.weight, head.bias[:, None]) for head in heads)))
+    optimizer = torch.optim.AdamW([weight.requires_grad_(), bias.requires_grad_()], fused=True)
+    batches = torch.stack(orders).to(x.device).split(256, dim=1)
+    for index in batches * epochs:  # (D, 256)
+        optimizer.zero_grad()
+        features, labels = x[:, index].flatten(0, 1), y[index].repeat(len(x), 1)
+        logits = torch.baddbmm(bias, weight, features.mT)  # (P·D, classes, 256)
+        # each head's mean, summed
+        loss = F.cross_entropy(logits, labels, reduction="sum") / index.shape[1]
+        loss.backward()
+        optimizer.step()
+    weight, bias = (p.detach().unflatten(0, (len(x), -1)) for p in (weight, bias))
+    return accuracy(torch.einsum("pnr,pdcr->pdnc", test_x, weight) + bias.mT, test_y)
 
 
 @torch.no_grad()
@@ -133,26 +137,44 @@ def extract_features(encoder, images, stats, amp="off"):
     return features
 
 
-def evaluate(encoder, data, amp="off"):
-    """All probes of `encoder` on `data`, in %: {"linear_paper", "linear_paper_last",
-    "linear_converged", "knn"}.
+@torch.no_grad()
+def calibrated(encoder, images, stats, n=5000):
+    """A copy of `encoder` whose batch norms use the mean and variance of n training images.
 
-    linear_paper is the best of its ten epochs. Images are normalised by the mean and standard
-    deviation of `data`'s own training part.
+    A control. The student is probed with statistics of its training, its random teacher with mean 0
+    and variance 1: is that all the difference?
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n]
+    encoder = deepcopy(encoder)
+    update_bn((normalise(x, stats) for x in images[order.to(images.device)].split(500)), encoder)
+    return encoder
+
+
+def evaluate(encoder, data, seeds=(0,), amp="off"):
+    """All probes of `encoder` on `data`, in %: {"linear_paper", "linear_converged", "knn"}.
+
+    linear_paper is the mean over a draw for each of `seeds`; with more than one, "draws" says how
+    many, "linear_paper_std" how they scatter and "linear_paper_max" what the luckiest reads. Images
+    are normalised by the mean and standard deviation of `data`'s own training part.
     """
     stats, n_classes = channel_stats(data.train_x), len(data.classes)
     x, test_x = (extract_features(encoder, images, stats, amp)
                  for images in (data.train_x, data.test_x))
     heads = x[None], data.train_y, test_x[None], data.test_y, n_classes
-    by_epoch = linear_probe_paper(*heads)
-    return {"linear_paper": by_epoch.max().item(), "linear_paper_last": by_epoch[-1].item(),
+    # 25 at once: more leave a processor's cache
+    draws = torch.cat([linear_probe(*heads, seeds[i:i + 25])[0] for i in range(0, len(seeds), 25)])
+    scatter = {}
+    if len(seeds) > 1:
+        scatter = {"linear_paper_std": draws.std().item(), "linear_paper_max": draws.max().item(),
+                   "draws": len(seeds)}
+    return {"linear_paper": draws.mean().item(), **scatter,
             "linear_converged": linear_probe_converged(*heads).item(),
             "knn": knn_probe(x, data.train_y, test_x, data.test_y, n_classes)}
 
 
 # ---- The table and the picture -------------------------------------------------------------------
 
-COLUMNS = {"linear_paper": "linear (paper, best)", "linear_paper_last": "(paper, last epoch)",
+COLUMNS = {"linear_paper": "linear (paper)", "linear_paper_max": "(its luckiest draw)",
            "linear_converged": "linear (converged)", "knn": "k-NN (k=20)"}
 
 
@@ -162,20 +184,26 @@ def mean_std(values):
     return f"{statistics.mean(values):.2f}{spread}"
 
 
-def print_table(rows):
-    """Print {(label, ...): [(probes in %, probes of its teacher or None), ...]}, a row each, as
-    mean ± std over seeds.
+def print_table(rows, draws):
+    """Print {(label, ...): [(probes in %, {what it is compared with: probes}), ...]}, a row each
+    and one for each comparison, as mean ± std over seeds.
     """
-    say(f"\n{'accuracy in %':32}" + "".join(f"{title:>23}" for title in COLUMNS.values()))
+    def line(label, cells):
+        say(f"{label:34}" + "".join(f"{cell:>22}" for cell in cells))
+
+    say()
+    line("accuracy in %", COLUMNS.values())
     for (label, *_), results in rows.items():
-        line = f"{label} ({len(results)} seeds)" if len(results) > 1 else label
-        line = f"{line:32}"
-        for probe in COLUMNS:
-            gains = [probes[probe] - teacher[probe] for probes, teacher in results if teacher]
-            gain = f" ({statistics.mean(gains):+.2f})" if gains else ""
-            line += f"{mean_std([probes[probe] for probes, _ in results]) + gain:>23}"
-        say(line)
-    say("in brackets: the gain over the student's own teacher")
+        seeds = f" ({len(results)} seeds)" if len(results) > 1 else ""
+        line(label + seeds, [mean_std([probes[key] for probes, _ in results]) for key in COLUMNS])
+        for reference in results[0][1]:
+            gains = [{key: probes[key] - references[reference][key] for key in COLUMNS}
+                     for probes, references in results]
+            line(f"  gain over its {reference}",
+                 [f"{statistics.mean(gain[key] for gain in gains):+.2f}" for key in COLUMNS])
+    say(f"linear (paper) is the mean of {draws} draws of its initial weights and order of images; "
+        "the paper's tables\nshow the luckiest of 100 to 150: hold that column beside them. "
+        "±: between seeds")
 
 
 def draw(path, runs, levels):
@@ -208,6 +236,8 @@ def parse_args(argv=None):
         "same --seed", [0], nargs="+", type=SEED, metavar="SEED")
     add("--dataset", f"data to probe on: {', '.join(DATASETS)}, or a folder of images (default: "
         "what the runs used)")
+    add("--draws", "of the paper's linear probe, each with initial weights and an order of the "
+        "images of its own", 10, type=number(int, 2, 1000))
     add("--json", "also write every accuracy to this file, as soon as it is known", type=Path)
     add("--figure", "also draw accuracy over steps to this file (.png, .pdf, .svg)", type=picture)
     add_common_options(add, amp="off")
@@ -219,22 +249,39 @@ def parse_args(argv=None):
     return args
 
 
-def encoders_of(args, runs, image_size):
-    """Yield (row of the table, name, encoder, name of its teacher or None) of all to be probed."""
-    yield ("raw pixels",), "raw pixels", nn.Flatten(), None
+def encoders_of(args, runs, image_size, data):
+    """Yield (row of the table, name, encoder, {what it is compared with: name}) of all to be
+    probed.
+    """
+    def controls(row, name, encoder):
+        """A random teacher, and the same with calibrated batch norm, if it has any."""
+        yield (row,), name, encoder, {}
+        if any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules()):
+            copy = calibrated(encoder.to(data.train_x.device), data.train_x,
+                              channel_stats(data.train_x))
+            yield (f"{row}, calibrated",), f"{name}, calibrated", copy, {"teacher": name}
+
+    yield ("raw pixels",), "raw pixels", nn.Flatten(), {}
     for arch, seed in itertools.product(args.teacher, args.seeds):
         encoder = random_network(2 * seed, arch, 1, image_size).encoder
-        yield (f"teacher {arch}",), f"teacher {arch} seed {seed}", encoder, None
+        yield from controls(f"teacher {arch}", f"teacher {arch} seed {seed}", encoder)
     teachers = {}
     for path, (teacher, student, config) in runs.items():
-        key = fingerprint(teacher)
+        key, eps = fingerprint(teacher), config["init_eps"]
         if key not in teachers:  # one that several runs share is probed once
             teachers[key] = f"teacher of {path}"
-            yield (f"teacher {config['arch']}",), teachers[key], teacher, None
-        name = re.sub("-?seed[0-9]+$", "", path.name)
-        alike = {**config, **dict.fromkeys((*MAY_CHANGE, "seed"))}  # what its seeds have in common
-        row = f"student {name}{progress(config)}", str(alike)
-        yield row, f"student {path}", student, teachers[key]
+            yield from controls(f"teacher {config['arch']}", teachers[key], teacher)
+        references = {"teacher": teachers[key]}
+        # what the runs of a row have in common: all but their seeds
+        alike = str({**config, **dict.fromkeys((*MAY_CHANGE, "seed"))})
+        row = re.sub("-?seed[0-9]+$", "", path.name)
+        if eps > 0:
+            shape = (config["arch"], 1, config["image_size"], config["norm"])
+            start = random_network(2 * config["seed"] + 1, *shape).encoder.to(data.train_x.device)
+            references["start"] = f"start of {path}"
+            yield ((f"start of {row}", alike), references["start"],
+                   init_student(teacher, start, eps), {"teacher": teachers[key]})
+        yield (f"student {row}{progress(config)}", alike), f"student {path}", student, references
 
 
 def main(argv=None):
@@ -257,24 +304,25 @@ def main(argv=None):
     if len(data.test_y) == 0:
         raise Problem(f"{dataset} has no labels to probe: name a labelled data set with --dataset")
     about = {"dataset": dataset, "train_images": len(data.train_y),
-             "test_images": len(data.test_y), "amp": args.amp}
+             "test_images": len(data.test_y), "amp": args.amp, "draws": args.draws}
     say(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, "
         f"{len(data.classes)} classes, {device.type}")
     rows = {}
-    for row, name, encoder, teacher in encoders_of(args, runs, image_size):
+    for row, name, encoder, references in encoders_of(args, runs, image_size, data):
         weights, known = fingerprint(encoder)[:12], results.get(name, about)
         if not about.items() <= known.items():
-            raise Problem(f"{args.json} was measured on other data than {dataset}, or with another "
-                          "--amp: name another file")
+            raise Problem(f"{args.json} was measured on other data than {dataset}, or with other "
+                          "--amp or --draws: name another file")
         if known.get("weights") != weights:  # not probed yet, or it has been trained since
-            results[name] = {**evaluate(encoder.to(device), data, args.amp), **about,
-                             "weights": weights, **provenance(device)}
+            probes = evaluate(encoder.to(device), data, range(args.draws), args.amp)
+            results[name] = {**probes, **about, "weights": weights, **provenance(device)}
         if args.json:
             write_json(args.json, results)
         say(f"  {name}: " + ", ".join(f"{title} {results[name][probe]:.2f}"
                                       for probe, title in PROBES.items()))
-        rows.setdefault(row, []).append((results[name], results.get(teacher)))
-    print_table(rows)
+        rows.setdefault(row, []).append(
+            (results[name], {label: results[other] for label, other in references.items()}))
+    print_table(rows, args.draws)
     if args.figure:
         levels = {"raw pixels": "raw pixels", "random teacher": f"teacher of {args.runs[0]}"}
         draw(args.figure, runs, {label: results[name] for label, name in levels.items()})

@@ -743,7 +743,7 @@ def test_probes_on_separable_and_on_random_labels():
     for labels, low, high in ((y, 95, 100), (wrong, 0, 60)):
         heads = x[None], labels, test[0][None], test[1], 3
         for score in (
-            probe.linear_probe_paper(*heads)[-1],
+            probe.linear_probe(*heads),
             probe.linear_probe_converged(*heads),
             probe.knn_probe(x, labels, *test, 3)
         ):
@@ -790,11 +790,42 @@ def test_heads_side_by_side_equal_single_heads_and_collapsed_features_are_no_err
         for n in (300, 201)
     )
     y, test_y = torch.arange(300) % 3, torch.arange(201) % 3
-    for linear_probe in (probe.linear_probe_paper, probe.linear_probe_converged):
+    for linear_probe in (probe.linear_probe, probe.linear_probe_converged):
         together = linear_probe(x, y, test_x, test_y, 3)
         alone = [linear_probe(x[[i]], y, test_x[[i]], test_y, 3) for i in range(4)]
-        assert torch.allclose(together, torch.cat(alone, -1), atol=0.51)
+        assert torch.allclose(together, torch.cat(alone), atol=0.51)
         assert together.flatten()[-1].item() == pytest.approx(100 / 3)
+
+
+def test_every_draw_of_the_papers_probe_is_its_recipe():
+    (x, y), (test_x, test_y) = clusters(300, 8, 9.0), clusters(500, 8, 9.0, seed=1)
+    features = torch.stack([x, 2 * x]), y, torch.stack([test_x, 2 * test_x]), test_y, 3
+    found = probe.linear_probe(*features, seeds=(5, 6, 7))
+    for network, seed in itertools.product((0, 1), (5, 6, 7)):
+        torch.manual_seed(seed)
+        head = torch.nn.Linear(8, 3)
+        optimizer = torch.optim.AdamW(head.parameters())
+        order = torch.randperm(300, generator=torch.Generator().manual_seed(seed))
+        for index in order.split(256) * 10:
+            optimizer.zero_grad()
+            F.cross_entropy(head(features[0][network][index]), y[index]).backward()
+            optimizer.step()
+        alone = probe.accuracy(head(features[2][network]), test_y)
+        assert found[network, seed - 5].item() == pytest.approx(alone.item(), abs=0.21)
+    assert found.unique().numel() > 3
+
+
+def test_calibration_gives_batch_norms_the_statistics_of_the_images():
+    encoder = distill.random_network(0, "resnet20", 1, 16).encoder
+    data = distill.dead_leaves(20, 2, size=16)
+    stats = distill.channel_stats(data.train_x)
+    copy = probe.calibrated(encoder, data.train_x, stats)
+    first = encoder[0](distill.normalise(data.train_x, stats))  # before the first norm
+    assert torch.allclose(copy[1].running_mean, first.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(copy[1].running_var, first.var((0, 2, 3)), rtol=1e-3)
+    assert encoder[1].running_mean.count_nonzero() == 0
+    for p, q in zip(encoder.parameters(), copy.parameters()):
+        assert torch.equal(p, q)
 
 
 def test_knn_against_brute_force_and_its_ties():
@@ -813,20 +844,27 @@ def test_probe_table_json_figure_and_resume(folder, here, capsys, monkeypatch):
         run(folder, f"--steps 2 --seed {seed}", f"s-seed{seed}")["log"][-1]
         for seed in (0, 1)
     ]
-    command = "s-seed0 s-seed1 --json t.json"
+    command = "s-seed0 s-seed1 --json t.json --draws 3"
     probe.main(f"{command} --figure f.png".split())
     text, found = capsys.readouterr().out, json.loads(Path("t.json").read_text())
     assert re.search(
-        r"teacher resnet20 \(2 seeds\) .* ± .*\nstudent s \(2 seeds\) .* ± .*\([+-]",
+        r"teacher resnet20 \(2 seeds\) .* ± .*\nteacher resnet20, calibrated .*\n  gain over its teacher .*"
+        r"\nstudent s \(2 seeds\) .* ± .*\n  gain over its teacher +[+-]",
         text
     )
-    known = {name: last[1][name] for name in probe.COLUMNS}
-    known |= {"train_images": 60, "test_images": 24, "amp": "off"}
-    assert found["student s-seed1"].items() >= known.items()
+    student, teacher = found["student s-seed1"], found["teacher of s-seed1"]
+    known = {name: last[1][name] for name in ("linear_converged", "knn")}
+    known |= {"train_images": 60, "test_images": 24, "amp": "off", "draws": 3}
+    assert student.items() >= known.items()
+    assert student["linear_paper_max"] >= student["linear_paper"] > 0
+    gain = float(re.findall("gain over its teacher .* (.*)", text)[-1])
+    gains = [found[f"student s-seed{i}"]["knn"] - found[f"teacher of s-seed{i}"]["knn"]
+             for i in (0, 1)]
+    assert gain == pytest.approx(np.mean(gains), abs=0.006)
     Image.open("f.png")
     problem(probe.main, command, "t.json exists", "--resume")
     shutil.copytree(folder, "other")
-    for change in ("--amp bf16", "--dataset other"):
+    for change in ("--amp bf16", "--dataset other", "--draws 4"):
         problem(probe.main, f"{command} --resume {change}", "other data", "--amp")
     run(
         folder, "--steps 4 --resume --seed 1", "s-seed1"
@@ -1508,8 +1546,8 @@ def test_jobs_have_outputs_of_their_own_that_the_report_knows(seeds):
 
 def test_a_toy_job_of_each_kind_runs(here, monkeypatch):
     toy = draw_images(here / "toy", 32, 12, 3)
-    scores = dict.fromkeys((*distill.PROBES, "linear_paper_last"), 50.0)
-    monkeypatch.setattr(probe, "evaluate", lambda *_: scores)
+    scores = dict.fromkeys(probe.COLUMNS, 50.0)
+    monkeypatch.setattr(probe, "evaluate", lambda *_, **__: scores)
     lines = listed(TOY=str(toy), SEEDS="0")
     for pattern in (
         "teachers-stl10",
@@ -1615,7 +1653,7 @@ n500 | 41.76 | 50.00 (1) | 43.70 | +8.24 | higher
 n1000 | 45.94 | 35.00 ± 35.36 (2) | 35.00 ± 35.36 | -10.94 | agrees
 KL at the end 5.0e-06, then 5.0e-06 (n = 1) | does not show
 left out: stl10-vgg11-seed0 (1 to go)
-[1] cifar10, 9 images, 2 steps of 3, m = 4, amp off; a GPU, torch 2, commit abc
+[1] cifar10, 9 images, 2 steps of 3, m = 4, 2 probes, amp off; a GPU, torch 2, commit abc
 ](f/fig4.png)""".splitlines():
         assert row in text, row
     (tmp_path / "paper/fig4-n500-seed0/run.json").write_text("{")
