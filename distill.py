@@ -53,10 +53,10 @@ class Problem(Exception):
 
 
 def say(text=""):
-    """Print a line at once. When nobody reads any more (`| head`), go on in silence."""
+    """Print a line at once. When nobody can read any more (`| head`), go on in silence."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -508,17 +508,18 @@ def image_folder(folder, image_size):
     crop = transforms.Compose([transforms.Resize(image_size), transforms.CenterCrop(image_size)])
     try:
         train = Folder(folder / "train", crop)
-        flat = folder / "val/images"  # of Tiny ImageNet as it comes: all classes in one folder
         part = "test" if (folder / "test" / train.classes[0]).is_dir() else "val"
         test = Folder(folder / part, crop)
-    except (FileNotFoundError, ValueError) as error:
+        annotations = folder / part / "val_annotations.txt"  # of Tiny ImageNet as it comes
+        if annotations.exists():  # all classes in one folder
+            rows = (line.split("\t") for line in annotations.read_text().splitlines())
+            test.samples = [(annotations.parent / "images" / name, train.class_to_idx[label])
+                            for name, label, *_ in rows]
+            return Data(*stack(train), *stack(test), train.classes)
+    except (FileNotFoundError, ValueError, KeyError) as error:
         raise Problem(f"{folder} needs train/<class>/ and test/<class>/ (or val/) folders of "
                       f"images ({error})") from None
-    if flat.exists():
-        rows = (line.split("\t")
-                for line in (folder / "val/val_annotations.txt").read_text().splitlines())
-        test.samples = [(flat / name, train.class_to_idx[label]) for name, label, *_ in rows]
-    elif train.classes != test.classes:
+    if train.classes != test.classes:
         raise Problem(f"{folder}: train/ and {part}/ must hold the same classes")
     return Data(*stack(train), *stack(test), train.classes)
 
@@ -688,9 +689,9 @@ def provenance(device):
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name()
     commit = git("rev-parse", "--short", "HEAD")
-    if git("status", "--porcelain", "--", "*.py", "run_all.sh"):
+    if git("status", "--porcelain", "-uno", "--", "*.py", "run_all.sh"):
         commit += "-dirty"
-    if git("rev-parse", "--show-prefix"):
+    if not git("ls-files", Path(__file__).name):
         commit = ""  # of somebody's own repository, in which this code lies
     return {"hardware": hardware, "torch": str(torch.__version__), "commit": commit}
 
@@ -706,6 +707,7 @@ def write_atomically(path, write):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
+            file.flush()
             os.fsync(file)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
@@ -737,7 +739,9 @@ def table(columns, rows):
 
 
 def write_csv(path, columns, rows):
-    write_atomically(path, lambda file: file.write(table(columns, rows).encode()))
+    text = table(columns, rows)
+    if not path.exists() or path.read_text() != text:  # a finished run may be read-only
+        write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def check_undisturbed(path, columns, rows):
@@ -879,7 +883,7 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-POSITIVE, SEED = number(int, 1), number(int, 0, 2**62)
+POSITIVE, SEED = number(int, 1, 2**31), number(int, 0, 2**62)
 
 
 def bottleneck_parts(text):
@@ -1045,6 +1049,8 @@ def main(argv=None):
     images = stratified_subset(data, args.n_samples).train_x
     stats, per_epoch = channel_stats(images), math.ceil(len(images) / args.batch_size)
     steps = min(args.epochs * per_epoch, args.steps or math.inf)
+    if checkpoint:
+        check_same(args.out, checkpoint["about"], {"n_images": len(images)})
     log_every = args.log_every or min(per_epoch, 100)
     eval_every = args.eval_every or max(steps // 25, 100)
     start, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
@@ -1063,6 +1069,7 @@ def main(argv=None):
     elif args.teacher:
         _, teacher, other = load_networks(args.teacher)
         check_same(args.teacher, other, shape)
+        say(f"the teacher is the student of {args.teacher}{progress(other)}")
     student = init_student(teacher, random_network(2 * args.seed + 1, **shape), args.init_eps)
     teacher.requires_grad_(False).eval().to(device)
     student.train().to(device)

@@ -16,7 +16,8 @@ set -euo pipefail; cd "$(dirname "$0")"
 fail() { echo "run_all.sh: error: $1" >&2; exit "${2:-1}"; }
 
 environment() {  # sets PY to a Python with the packages: the active one, or else that of .venv, made if need be
-    local test='import matplotlib, numpy, pytest, torch, torchvision; assert torch.__version__ >= (2, 4)'
+    local test='import sys, matplotlib, numpy, pytest, torch, torchvision
+assert sys.version_info >= (3, 10) and torch.__version__ >= (2, 4)'
     for PY in python python3 .venv/bin/python; do "$PY" -c "$test" 2>/dev/null && return; done
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "Python 3.10 or newer is needed as python3"
     echo "making .venv and installing requirements.txt (a few minutes and GB, once)"
@@ -55,7 +56,7 @@ distil() {  # NAME, ARCH, DATA SET, OPTIONS: a student of each seed
     local seed; for seed in $SEEDS; do job distill.py --resume ${TOY:+--out-dim 64} --arch $2 --seed $seed \
         --dataset ${!3} ${*:4} ${TOY:+--n-samples 32 --steps 2 --eval-every 2 $few} --out $OUT/$1-seed$seed; done
 }
-probe() { job probe.py --resume ${*:3} --dataset ${!2} --json $OUT/$1.json; }  # NAME, DATA SET, OPTIONS
+probe() { job probe.py --resume --draws 100 ${TOY:+--draws 2} ${*:3} --dataset ${!2} --json $OUT/$1.json; }  # NAME, DATA SET, OPTIONS
 plane() { job landscape.py plane $2 --grid 41 ${TOY:+--grid 3 --n-samples 32 --n-test 16} --resume --out $OUT/$1.npz; }
 near() { case $1 in resnet*) echo 0 ;; *) echo 1e-10 ;; esac; }  # without batch norm ε = 0 is a fixed point
 
@@ -123,9 +124,9 @@ fetch() {  # DATA SETS: each is loaded once, before jobs do so side by side
 distill.run_cli(lambda: [distill.load_data(name, mirror=mirror) for name in sys.argv[1:]])' "$@"
 }
 data() {  # cifar10 itself in any case: cifar5m begins with it
-    fetch cifar10 "${CIFAR10:-cifar10}" cifar100 stl10 "${TINYIMAGENET:-tinyimagenet}"
     [ -n "$TOY" ] || compgen -G "data/cifar5m/*.npz" >/dev/null || fail "five sizes of Fig. 4 need CIFAR-5M: put its \
 .npz files into data/cifar5m/ by hand (https://github.com/preetum/cifar5m), or run the other lines of \`list\` yourself"
+    fetch cifar10 "${CIFAR10:-cifar10}" cifar100 stl10 "${TINYIMAGENET:-tinyimagenet}"
 }
 gpu() {  # there is one, or none is needed
     [ -n "$TOY" ] || [ "${ON_CPU:-}" = 1 ] || "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
@@ -150,7 +151,7 @@ run() {  # STAGES: all their jobs, as many at once as there are GPUs; the report
     for stage in "$@"; do
         echo "$(list "$stage" | wc -l) jobs of stage $stage, $JOBS at once; their output: $LOGS/"
         list "$stage" | xargs -d '\n' -n 1 -P "$JOBS" --process-slot-var=SLOT bash run_all.sh job; done
-    report
+    (report) || echo "run_all.sh: error: no report" >&2
     [ ! -e $LOGS/failed ] || fail "$(wc -l <$LOGS/failed) jobs failed; run this again, or one by one: $LOGS/failed"
 }
 
