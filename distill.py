@@ -1032,6 +1032,62 @@ def scores(row):
     return "".join(f"{row[probe]:20.2f}" for probe in PROBES if probe in row)
 
 
+def print_header(args, n_images, steps, device, constant_kl):
+    say(f"{args.arch} on {args.dataset}: {n_images:,} images, {steps:,} steps of "
+        f"{args.batch_size}, m={args.out_dim:,}, ε={args.init_eps:g}, seed {args.seed}, "
+        f"{device.type}, amp {args.amp} -> {args.out}")
+    say(f"a student with the same answer for every image would have a KL of {constant_kl:.2e} nats")
+    say(f"{'step':>7} {'epoch':>7} {'MSE' if args.loss == 'mse' else 'KL (nats)':>10} from init "
+        f" images/s       ETA{''.join(f'{title:>20}' for title in PROBES.values())}")
+
+
+def on_plateau(log, constant_kl):
+    """Whether the KL was within 20 % of the constant student's in all of the last 200 steps."""
+    last = log[-1]["step"]
+    return last >= 200 and all(abs(row["kl"] - constant_kl) < 0.2 * constant_kl
+                               for row in log if row["step"] > last - 200)
+
+
+def give_advice(args, log, constant_kl):
+    """Say below the log's last row if the student does not move, or has come to the plateau of a
+    constant student.
+    """
+    if len(log) == 2 and log[1]["distance"] == 0:
+        say("the student has not moved at all")
+        if args.init_eps == 0 and (args.norm != "batch" or "resnet" not in args.arch):
+            say("without batch norm ε=0 is a fixed point, and here nothing rounds it away (README, "
+                "\"The fixed point\"): take --init-eps 1e-10")
+    elif (args.loss != "mse" and on_plateau(log, constant_kl)
+          and not on_plateau(log[:-1], constant_kl)):
+        say("for 200 steps the KL has been that of a student with the same answer for every image: "
+            "it may stay so for thousands more (README, \"VGG's plateau\"); --warmup 200 avoids it")
+
+
+def networks_of(args, shape, checkpoint):
+    """(teacher, student) as they are before the first step.
+
+    Resumed runs keep the teacher that they began with.
+    """
+    teacher = random_network(2 * args.seed, **shape)
+    if checkpoint:
+        teacher, *_ = load_networks(args.out)
+    elif args.teacher:
+        _, teacher, other = load_networks(args.teacher)
+        check_same(args.teacher, other, shape)
+        say(f"the teacher is the student of {args.teacher}{progress(other)}")
+    student = init_student(teacher, random_network(2 * args.seed + 1, **shape), args.init_eps)
+    return teacher, student
+
+
+def catch_signals():
+    """A list that grows, where the process would end, when somebody wants it to."""
+    interrupts = []  # by Ctrl-C, a cluster that wants its node, a closed terminal
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(signum, lambda signum, frame: interrupts.append(signum))
+    return interrupts
+
+
 def main(argv=None):
     from probe import evaluate  # here, because probe.py imports this file
     args = parse_args(argv)
@@ -1059,18 +1115,9 @@ def main(argv=None):
     if start >= steps:
         return say(f"{args.out}: all {steps:,} steps are done")
 
-    # Teacher and student. In eval mode a random teacher's batch norms use their initial statistics,
-    # mean 0 and variance 1, while the student's use each batch's own: so with batch norm the two
-    # differ even at ε = 0
-    shape = {key: config[key] for key in SHAPE}
-    teacher = random_network(2 * args.seed, **shape)
-    if checkpoint:
-        teacher, *_ = load_networks(args.out)
-    elif args.teacher:
-        _, teacher, other = load_networks(args.teacher)
-        check_same(args.teacher, other, shape)
-        say(f"the teacher is the student of {args.teacher}{progress(other)}")
-    student = init_student(teacher, random_network(2 * args.seed + 1, **shape), args.init_eps)
+    # In eval mode a random teacher's batch norms use their initial statistics, mean 0 and variance
+    # 1, while the student's use each batch's own: so with batch norm the two differ even at ε = 0
+    teacher, student = networks_of(args, {key: config[key] for key in SHAPE}, checkpoint)
     teacher.requires_grad_(False).eval().to(device)
     student.train().to(device)
     parameters = list(student.parameters())
@@ -1109,12 +1156,7 @@ def main(argv=None):
 
     # What is known before the first step: `about`, which run.json tells beside the settings (under
     # "made", where and by which commit each call ran), and the teacher's probes
-    say(f"{args.arch} on {args.dataset}: {len(images):,} images, {steps:,} steps of "
-        f"{args.batch_size}, m={args.out_dim:,}, ε={args.init_eps:g}, seed {args.seed}, "
-        f"{device.type}, amp {args.amp} -> {args.out}")
-    say(f"a student with the same answer for every image would have a KL of {constant_kl:.2e} nats")
-    say(f"{'step':>7} {'epoch':>7} {'MSE' if args.loss == 'mse' else 'KL (nats)':>10} from init "
-        f" images/s       ETA{''.join(f'{title:>20}' for title in PROBES.values())}")
+    print_header(args, len(images), steps, device, constant_kl)
     about = checkpoint["about"] if checkpoint else {"made": []}
     about |= {"n_images": len(images), "total_steps": steps, "constant_student_kl": constant_kl}
     about["made"].append({**provenance(device), "from_step": start})
@@ -1149,11 +1191,7 @@ def main(argv=None):
                     **probes}, saving=True)
 
     # Train, and between the steps log, probe and save
-    interrupts = []  # by Ctrl-C, a cluster that wants its node, a closed terminal
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(signum, lambda signum, frame: interrupts.append(signum))
-    losses, clock, steps_on_plateau = [], time.time(), 0
+    interrupts, losses, clock = catch_signals(), [], time.time()
     for step, loss in train(batch_loss, len(images), optimizer, scaler, learning_rate, steps=steps,
                             batch_size=args.batch_size, seed=args.seed, start=start):
         losses.append(loss)  # on the device: to ask for its value would keep a GPU waiting
@@ -1170,17 +1208,7 @@ def main(argv=None):
             if probing:
                 row |= evaluate(student.encoder, probe_data, seeds=[step])
             add_to_log(row, saving=probing or stopping)
-            if len(log) == 2 and row["distance"] == 0:
-                say("the student has not moved at all")
-                if args.init_eps == 0 and (args.norm != "batch" or "resnet" not in args.arch):
-                    say("without batch norm ε=0 is a fixed point, and here nothing rounds it "
-                        "away (README, \"The fixed point\"): take --init-eps 1e-10")
-            on_plateau = abs(row["kl"] - constant_kl) < 0.2 * constant_kl and args.loss != "mse"
-            steps_on_plateau = steps_on_plateau + len(losses) if on_plateau else 0
-            if steps_on_plateau >= 200 > steps_on_plateau - len(losses):
-                say("for 200 steps the KL has been that of a student with the same answer for every "
-                    "image: it may stay so for thousands more (README, \"VGG's plateau\"); "
-                    "--warmup 200 avoids it")
+            give_advice(args, log, constant_kl)
             losses, clock = [], time.time()
         if stopping and step < steps:
             say(f"stopped after step {step:,}; the same command with --resume goes on from here")

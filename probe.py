@@ -24,9 +24,9 @@ from torch.optim.swa_utils import update_bn
 
 from distill import (
     ARCHS, DATASETS, MAY_CHANGE, PROBES, SEED, Problem, add_common_options, channel_stats, embed,
-    fingerprint, init_student, load_checkpoint, load_data, make_parser, new_figure, normalise, number,
-    pick_device, picture, progress, provenance, random_network, read_json, run_cli, save_figure, say,
-    write_json)
+    fingerprint, init_student, load_checkpoint, load_data, make_parser, new_figure, normalise,
+    number, pick_device, picture, progress, provenance, random_network, read_json, run_cli,
+    save_figure, say, write_json)
 
 
 # ---- The probes ----------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ distil() {  # NAME, ARCH, DATA SET, OPTIONS: a student of each seed
     local seed; for seed in $SEEDS; do job distill.py --resume ${TOY:+--out-dim 64} --arch $2 --seed $seed \
         --dataset ${!3} ${*:4} ${TOY:+--n-samples 32 --steps 2 --eval-every 2 $few} --out $OUT/$1-seed$seed; done
 }
-probe() { job probe.py --resume --draws 100 ${TOY:+--draws 2} ${*:3} --dataset ${!2} --json $OUT/$1.json; }  # NAME, DATA SET, OPTIONS
+probe() { job probe.py --resume --draws 100 ${*:3} ${TOY:+--draws 2} --dataset ${!2} --json $OUT/$1.json; }  # likewise
 plane() { job landscape.py plane $2 --grid 41 ${TOY:+--grid 3 --n-samples 32 --n-test 16} --resume --out $OUT/$1.npz; }
 near() { case $1 in resnet*) echo 0 ;; *) echo 1e-10 ;; esac; }  # without batch norm ε = 0 is a fixed point
 
@@ -77,7 +77,8 @@ stage1() {
     for n in 100000 200000 750000 1000000 5000000; do distil fig4-n$n vgg11 cifar5m $probed --n-samples $n $steps; done
     for n in 500 5000 50000 150000; do distil fig4-noise$n vgg11 noise $probed --n-samples $n $steps; done
     # Fig. 5, 13 to 17: the released code's last layer, whose rows are not normalised
-    for eps in 1e-10 inf; do distil raw-vgg11-eps$eps vgg11 cifar10 --bottleneck lf/l --init-eps $eps; done
+    for eps in 1e-10 inf; do distil raw-vgg11-eps$eps vgg11 cifar10 --bottleneck lf/l --init-eps $eps
+        distil warmup-vgg11-eps$eps vgg11 cifar10 --warmup 200 --init-eps $eps; done  # the README's plateau
     distil raw-resnet18-eps0 resnet18 cifar10 --bottleneck lf/l --init-eps 0
     # Fig. 10 (m = 65,536 is the student of Table 1), 11 and 12 (lf/wl is, too; lf/l is above); other losses, optimisers
     for m in 1 4 16 64 256 1024 4096 16384; do distil fig10-m$m resnet18 cifar10 --out-dim $m; done
@@ -147,8 +148,7 @@ run() {  # STAGES: all their jobs, as many at once as there are GPUs; the report
     xargs --version >/dev/null 2>&1 || fail "GNU xargs is missing; without it, run the lines of \`run_all.sh list\`"
     GPUS=${CUDA_VISIBLE_DEVICES:-$("$PY" -c 'import torch; print(*range(torch.cuda.device_count()) or [-1])')}  # -1: no
     export PY LOGS=runs/logs SLOT=0 GPUS=${GPUS//,/ } JOBS=${JOBS:-$(wc -w <<<"${GPUS//,/ }")}
-    mkdir -p $LOGS; rm -f $LOGS/failed
-    for stage in "$@"; do
+    mkdir -p $LOGS; rm -f $LOGS/failed; for stage in "$@"; do
         echo "$(list "$stage" | wc -l) jobs of stage $stage, $JOBS at once; their output: $LOGS/"
         list "$stage" | xargs -d '\n' -n 1 -P "$JOBS" --process-slot-var=SLOT bash run_all.sh job; done
     (report) || echo "run_all.sh: error: no report" >&2
