@@ -3,7 +3,7 @@
 
     a=runs/cifar10-vgg11-eps1e-10-seed0 b=runs/cifar10-vgg11-epsinf-seed0
     python landscape.py plane $a $b                  the teacher and both students (Fig. 5)
-    python landscape.py plane $b --view non-local    the teacher, a student's start and its end
+    python landscape.py plane $b                     the teacher, a student's start and its end
     python landscape.py connect runs/cifar10-resnet18-eps0-seed0    one basin? (Fig. 9)
     python landscape.py plot $b/*.npz --figure planes.png           draws what these computed
 
@@ -158,7 +158,7 @@ def anchors_of(args):
     """
     teacher, student, config = load_networks(args.a)
     alpha, shape = locality(config["init_eps"]), {key: config[key] for key in SHAPE}
-    if args.view == "shared":
+    if args.b:
         teacher_b, student_b, config_b = load_networks(args.b)
         check_same(args.b, config_b, shape)
         if fingerprint(teacher) != fingerprint(teacher_b):
@@ -169,7 +169,7 @@ def anchors_of(args):
     redrawn = random_network(2 * config["seed"], **shape)
     if not config["teacher"] and fingerprint(teacher) != fingerprint(redrawn):
         raise Problem(f"this version of torch does not draw the teacher of {args.a} again from its "
-                      "seed, so the student's start is lost too: take --view shared, or distil "
+                      "seed, so the student's start is lost too: name a second run, or distil "
                       "again")
     start = init_student(teacher, random_network(2 * config["seed"] + 1, **shape),
                          config["init_eps"])
@@ -180,9 +180,8 @@ def plane_args(argv):
     parser, add = make_parser(plane.__doc__, "landscape.py plane")
     parser.add_argument("a", metavar="A", type=Path, help="run directory of distill.py")
     parser.add_argument("b", metavar="B", type=Path, nargs="?",
-                        help="another one with the same teacher, for the shared view")
-    add("--view", "which three points (default: shared where there is a run B)",
-        choices=("shared", "non-local"))
+                        help="another one with the same teacher: the shared view; without it, the "
+                             "non-local one")
     add("--axes", "orthonormal keeps lengths and angles; barycentric counts in steps from the "
         "teacher to the others", "orthonormal", choices=("orthonormal", "barycentric"))
     add("--grid", "so many points a side", 25, type=number(int, 3))
@@ -200,9 +199,7 @@ def plane_args(argv):
         "they apply)", type=Path)
     add_common_options(add)
     args = parser.parse_args(argv)
-    args.view = args.view or ("shared" if args.b else "non-local")
-    if (args.view == "shared") != (args.b is not None):
-        parser.error("--view shared wants two runs, A and B; --view non-local one")
+    args.view = "shared" if args.b else "non-local"
     other = f"-{folder(args.b).name}" if args.b else ""
     name = f"plane-{args.view}{other}{'-encoder' * args.encoder_only}.npz"
     args.out = args.out or folder(args.a) / name
@@ -220,8 +217,8 @@ def plane(argv):
     """Measure a plane through the teacher and two other points of weight space, to a .npz file
     (Fig. 5, 13-16).
 
-    The points of `shared` are the teacher and the students of runs A and B, those of `non-local`
-    the teacher, the student of run A and where that student started.
+    With two runs, A and B, these are their students (the paper's shared view); with one, its
+    student and where that student started (non-local view).
 
     A point of the plane has weights, but no batch-norm statistics of its own, and those of an
     anchor would normalise by the wrong mean and variance anywhere else. So at every point each

@@ -925,7 +925,6 @@ def test_unfinished_runs_are_named_and_not_averaged(folder, here, capsys):
         ("probe a --figure a.txt", ".png"),
         ("prune a --rewind-epoch 3 --epochs 3", "--rewind-epoch 3 is beyond"),
         ("landscape", "command"),
-        ("landscape plane a --view shared", "two runs"),
         ("landscape plane a --x nan 1", "at least"),
         ("landscape plane a --out a.png", ".npz")
     ]
