@@ -86,7 +86,8 @@ SGD in place of AdamW.
 ## In miniature, on a CPU (`bash run_all.sh list mini`)
 
 Fewer images and steps than the paper: read these for their direction, not beside its numbers.
-Students at the end of their runs; in brackets the gain over their own teachers.
+Students at the end of their runs; in brackets the gain over their own teachers and over their own
+starts, which at ε = 0 are the teachers.
 
 | (n) | linear (paper) | linear (converged) | k-NN | made |
 | --- | --- | --- | --- | --- |
@@ -109,7 +110,8 @@ def read_run(file):
             for row in csv.DictReader(log.read_text().splitlines())]
     probed = [row for row in rows[1:] if "knn" in row]  # the first row is before any step
     if probed:
-        run |= {"first": probed[0], "end": probed[-1], "teacher": run["teacher_probes"],
+        run |= {"start": rows[0], "first": probed[0], "end": probed[-1],
+                "teacher": run["teacher_probes"],
                 "best": {probe: max(row[probe] for row in probed) for probe in PROBES},
                 "n_probes": len(probed)}
     done = [*rows[-1].values()][0] if rows else 0  # the first column counts steps, or rounds
@@ -156,7 +158,7 @@ def read_results(root):
 
 
 def values(group, when="best", column="linear_paper"):
-    """A number of each result: `when` is first, best, end or teacher."""
+    """A number of each result: `when` is teacher, start, first, best or end."""
     return [result[when][column] for result in group if column in result[when]]
 
 
@@ -424,8 +426,9 @@ def main(argv=None):
         if name.startswith("mini/"):
             runs, cells = group.values(), f"{name} ({len(group)})"
             for probe in PROBES:
-                end, teacher = values(runs, "end", probe), values(runs, "teacher", probe)
-                cells += f" | {mean_std(end)} ({mean(end) - mean(teacher):+.2f})"
+                end, *origins = (values(runs, when, probe) for when in ("end", "teacher", "start"))
+                gains = ", ".join(f"{mean(end) - mean(scores):+.2f}" for scores in origins)
+                cells += f" | {mean_std(end)} ({gains})"
             sections["mini"] += f"| {cells} | {cite(runs, notes)} |\n"
 
     for note, number in notes.items():
