@@ -8,9 +8,8 @@
 #   bash run_all.sh report [DIR]   every table and figure, from whatever is under runs/ (or DIR)
 #   bash run_all.sh test [ARGS]    the tests; ARGS go to pytest
 #   SEEDS="0 1 2"                  fewer seeds, fewer jobs (Fig. 8, which has five, then takes these, too)
-#   CIFAR10=DIR, TINYIMAGENET=DIR  folders of images in place of the downloads
+#   CIFAR10=DIR, TINYIMAGENET=DIR  folders of images in place of the downloads; DATA_MIRROR=URL: where archives are
 #   TOY=DIR                        a rehearsal under runs/toy: every job for two steps on the few images in DIR
-#   DATA_MIRROR=URL                a directory with the archives to download
 #   JOBS=N, ON_CPU=1               so many jobs at once (default: one a GPU); full without a GPU
 set -euo pipefail; cd "$(dirname "$0")"
 fail() { echo "run_all.sh: error: $1" >&2; exit "${2:-1}"; }
@@ -113,17 +112,18 @@ mini() {  # what two CPU cores can do
     for eps in 0 0.1 0.5 1.5 4 inf; do distil fig3-eps$eps resnet20 cifar10 $how --n-samples 10000 --init-eps $eps; done
     distil transfer resnet20 tinyimagenet $how --probe-dataset $cifar10
     SEEDS=0 distil resnet20 resnet20 cifar10 --out-dim 1024 --epochs 6 --eval-every 588
+    how+=" --n-samples 10000 --steps 2400 --eval-every 800 --log-every 40 --amp off --init-eps 1e-10"
+    for w in 0 200; do for parts in lf/wl lf/l; do  # the README's plateau
+        SEEDS=0 distil plateau-${parts/\//-}-warmup$w vgg11 cifar10 $how --bottleneck $parts --warmup $w; done; done
 }
 
 list() (  # [1 | 2 | mini]; in a shell of its own, for its variables and -f: no word of a command is a pattern
     set -f; case ${1:-} in "") list 1; list 2 ;; 1 | 2) STAGE=$1 stage$1 ;; mini) STAGE=1 mini ;;
-        *) fail "list knows the stages 1 and 2, and mini" 2 ;; esac
-)
+        *) fail "list knows the stages 1 and 2, and mini" 2 ;; esac)
 
 fetch() {  # DATA SETS: each is loaded once, before jobs do so side by side
     [ -n "$TOY" ] || "$PY" -c 'import os, sys, distill; sys.argv[0], mirror = "run_all.sh", os.getenv("DATA_MIRROR")
-distill.run_cli(lambda: [distill.load_data(name, mirror=mirror) for name in sys.argv[1:]])' "$@"
-}
+distill.run_cli(lambda: [distill.load_data(name, mirror=mirror) for name in sys.argv[1:]])' "$@"; }
 data() {  # cifar10 itself in any case: cifar5m begins with it
     [ -n "$TOY" ] || compgen -G "data/cifar5m/*.npz" >/dev/null || fail "five sizes of Fig. 4 need CIFAR-5M: put its \
 .npz files into data/cifar5m/ by hand (https://github.com/preetum/cifar5m), or run the other lines of \`list\` yourself"
@@ -132,9 +132,9 @@ data() {  # cifar10 itself in any case: cifar5m begins with it
 gpu() {  # there is one, or none is needed
     [ -n "$TOY" ] || [ "${ON_CPU:-}" = 1 ] || "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
         fail "no GPU. On two CPU cores a ResNet18's step with 256 images takes 1.4 s (measured, bf16): 8 hours for a
-distillation of 19,600 steps, 13 days for a curve of Fig. 8 with 25 trainings of 31,360. The $(list | wc -l) jobs, with
-$(list 2 | grep -c prune) such curves, take months (all seeds: more than a year) and 100 GB for checkpoints. For a CPU
-there are \`bash run_all.sh quick\` (minutes) and \`mini\` (hours); \`ON_CPU=1 bash run_all.sh\` starts all the same"
+distillation of 19,600 steps, 13 days for a curve of Fig. 8. The $(list | wc -l) jobs, $(list 2 | grep -c prune) such
+curves among them, take months (all seeds: over a year) and 100 GB for checkpoints. A CPU can do \`bash run_all.sh
+quick\` (minutes) and \`mini\` (hours); \`ON_CPU=1 bash run_all.sh\` starts all the same"
 }
 
 run_job() {  # LINE: one job on one GPU, its output in a file; what fails is noted and the others go on
@@ -176,5 +176,5 @@ case ${1:-full} in
     test)   environment; "$PY" -m pytest -q test_smoke.py "${@:2}" ;;
     list)   "$@" ;;
     job)    run_job "$2" ;;
-    *)      sed -n '2,14s/^# \{0,1\}//p' run_all.sh >&2; exit 2 ;;
+    *)      sed -n '2,13s/^# \{0,1\}//p' run_all.sh >&2; exit 2 ;;
 esac

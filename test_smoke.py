@@ -1597,8 +1597,8 @@ if __name__ == "__main__":
     done = as_a_user(
         tmp_path, "mini", SEEDS="0", JOBS="2", CIFAR10=".", TINYIMAGENET="."
     )
-    assert "8 jobs of stage mini, 2 at once" in done.stdout, done.stderr
-    assert done.returncode == 1 and done.stdout.count("\ndone ") == 7
+    assert "12 jobs of stage mini, 2 at once" in done.stdout, done.stderr
+    assert done.returncode == 1 and done.stdout.count("\ndone ") == 11
     (failed,) = (tmp_path / "runs/logs/failed").read_text().splitlines()
     assert "eps1.5" in failed and re.search("FAILED .*eps1.5.*: lost", done.stdout)
 

@@ -8,7 +8,7 @@ called; here they are joined, judged and drawn. Directories have the names that 
 gives them, such as paper/fig10-m256-seed0. Read are run.json and log.csv of distill.py, the .json
 files of probe.py, config.json and log.csv of prune.py, and landscape.py's .npz; never a checkpoint.
 """
-import csv, json, os, re
+import csv, json, math, os, re
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -95,6 +95,7 @@ starts, which at ε = 0 are the teachers.
 ## Pictures
 
 Lines are means over seeds, bars standard deviations. A student of ε = 0 is its teacher at epoch 0.
+Dotted: the KL of a constant student, with the same answer for every image.
 
 {sections[pictures]}## How the numbers were made
 
@@ -352,6 +353,7 @@ FIGURES = (  # file; how its runs are named, without their x if it is in the nam
     ("fig17.png", "raw-.*", "epoch"),
     ("fig18.png", "cifar10-resnet18$|cifar10-vgg11$|fig18-.*", "epoch"),
     ("mini-fig3.png", "mini/fig3-eps", "locality α"),
+    ("mini-fig17-plateau.png", "mini/plateau-.*", "epoch (log)"),
 )
 CURVES = {"linear_paper": "linear (paper)", "kl": "KL (nats, log)", "distance": "distance ‖θ−θ₀‖"}
 
@@ -369,15 +371,19 @@ def draw(results, folder, figure, names, x):
     from matplotlib.figure import Figure
     picture = Figure((13, 3.6), layout="constrained")
     picture.suptitle("probes: test accuracy in %")
-    columns, scores = (CURVES, [""]) if x == "epoch" else (PROBES, ["best", "teacher"])
+    columns, scores = (CURVES, [""]) if "epoch" in x else (PROBES, ["best", "teacher"])
     for axis, y in zip(picture.subplots(1, 3), columns):
         for label, groups in lines.items():
             for when in scores:
-                points = curve(groups[0], y) if x == "epoch" else {
+                points = curve(groups[0], y) if "epoch" in x else {
                     position: values(group, when, y) for position, group in groups.items()}
                 positions, numbers = zip(*sorted(points.items()))
-                axis.errorbar(positions, [*map(mean, numbers)], [*map(deviation, numbers)],
-                              label=f"{label} {when}", marker="o")
+                line, *_ = axis.errorbar(
+                    positions, [*map(mean, numbers)], [*map(deviation, numbers)],
+                    label=f"{label} {when}", marker=".")
+                if y == "kl":
+                    axis.axhline(mean(run.get("constant_student_kl", math.nan) for run in groups[0]),
+                                 color=line.get_color(), linestyle="dotted")
         axis.set(xlabel=x, ylabel=columns[y], xscale="log" if "log" in x else "linear",
                  yscale="log" if "log" in columns[y] else "linear")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the panels: it hides nothing
