@@ -994,7 +994,7 @@ def test_bad_data_and_places(folder, here):
     refused(folder, "--n-samples 61", "the 60 training")
     for options, says in (
         ("", "File exists.*permission"),
-        ("--out b --out-dim 9000000000", "out of memory")
+        ("--out b --out-dim 2000000000", "out of memory")
     ):
         with pytest.raises(SystemExit, match=says):
             distill.run_cli(lambda: run(folder, options, distill.__file__))

@@ -382,8 +382,8 @@ def draw(results, folder, figure, names, x):
                     positions, [*map(mean, numbers)], [*map(deviation, numbers)],
                     label=f"{label} {when}", marker=".")
                 if y == "kl":
-                    axis.axhline(mean(run.get("constant_student_kl", math.nan) for run in groups[0]),
-                                 color=line.get_color(), linestyle="dotted")
+                    constant = [*groups[0]][0].get("constant_student_kl", math.nan)
+                    axis.axhline(constant, color=line.get_color(), linestyle="dotted")
         axis.set(xlabel=x, ylabel=columns[y], xscale="log" if "log" in x else "linear",
                  yscale="log" if "log" in columns[y] else "linear")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the panels: it hides nothing
