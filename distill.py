@@ -1059,8 +1059,8 @@ def give_advice(args, log, constant_kl):
                 "\"The fixed point\"): take --init-eps 1e-10")
     elif (args.loss != "mse" and on_plateau(log, constant_kl)
           and not on_plateau(log[:-1], constant_kl)):
-        say("for 200 steps the KL has been that of a student with the same answer for every image: "
-            "it may stay so for thousands more (README, \"VGG's plateau\"); --warmup 200 avoids it")
+        say("for 200 steps the KL has been that of a student with the same answer for every image; "
+            "it may stay so for long, and --warmup 200 may avoid it (README, \"VGG's plateau\")")
 
 
 def networks_of(args, shape, checkpoint):

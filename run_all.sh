@@ -112,7 +112,7 @@ mini() {  # what two CPU cores can do
     for eps in 0 0.1 0.5 1.5 4 inf; do distil fig3-eps$eps resnet20 cifar10 $how --n-samples 10000 --init-eps $eps; done
     distil transfer resnet20 tinyimagenet $how --probe-dataset $cifar10
     SEEDS=0 distil resnet20 resnet20 cifar10 --out-dim 1024 --epochs 6 --eval-every 588
-    how+=" --n-samples 10000 --steps 2400 --eval-every 800 --log-every 40 --amp off --init-eps 1e-10"
+    how+=" --n-samples 10000 --eval-every 800 --log-every 40 --amp off --init-eps 1e-10"
     for w in 0 200; do for parts in lf/wl lf/l; do  # the README's plateau
         SEEDS=0 distil plateau-${parts/\//-}-warmup$w vgg11 cifar10 $how --bottleneck $parts --warmup $w; done; done
 }
