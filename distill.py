@@ -29,6 +29,7 @@ from collections import OrderedDict, namedtuple
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
+from glob import glob
 from pathlib import Path
 from tempfile import TemporaryFile
 from zipfile import ZipFile
@@ -37,10 +38,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
@@ -48,22 +47,13 @@ from torchvision.models.vgg import cfgs as VGG_PLANS, make_layers
 from torchvision.transforms.functional import resize
 
 
-class Problem(Exception):
-    """Something the user can put right; its text is one line that says how."""
-
-
-def say(text=""):
-    """Print a line at once. When nobody can read any more (`| head`), go on in silence."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 # ---- Normalisation of the images -----------------------------------------------------------------
 
 def channel_stats(images):
-    """Mean and std of uint8 images (n, 3, s, s) by channel: (1, 3, 1, 1) float32 in 0..255."""
+    """Mean and std of uint8 images (n, 3, s, s) by channel: (1, 3, 1, 1) float32 in 0..255.
+
+    From histograms: exact, and 15 times as fast as from the pixels.
+    """
     counts = torch.stack([channel.flatten().bincount(minlength=256)
                           for channel in images.unbind(1)]).double()
     values = torch.arange(256).to(counts)
@@ -208,13 +198,13 @@ class Network(nn.Module):
 
 
 # the settings of a Network, in its order
-SHAPE = ("arch", "out_dim", "image_size", "norm", "bottleneck")
+SETTINGS = ("arch", "out_dim", "image_size", "norm", "bottleneck")
 
 
-def random_network(seed, *shape, **settings):
-    """A freshly initialised Network, on the CPU; the same `seed` gives the same weights."""
+def random_network(seed, *args, **settings):
+    """A freshly initialised Network(*args, **settings), on the CPU; a `seed` fixes its weights."""
     torch.manual_seed(seed)  # ViTs keep torch's own initialisation, from its global generator
-    network, generator = Network(*shape, **settings), torch.Generator().manual_seed(seed)
+    network, generator = Network(*args, **settings), torch.Generator().manual_seed(seed)
     for name, module in network.named_modules():
         if isinstance(network.encoder, ViT) and name.startswith("encoder"):
             continue
@@ -283,9 +273,10 @@ class KLDivergence(torch.autograd.Function):
 
     Why not two log-softmaxes? Their entries sit near −11, too, and float32 rounding would eat most
     of the KL. With p the teacher's softmax and d = student − teacher logits, shifted so that
-    Σ p·d = 0, the KL is log(1 + s) for s = Σ p·(e^d − 1 − d). All terms are ≥ 0, and what cancels
-    in them is of the size of d, a thousandth, not of 11. The gradient, p_student − p, is
-    p·(e^d − 1 − s)/(1 + s) by the same algebra, and exactly 0 where the logits agree.
+    Σ p·d = 0, the student's softmax is p·e^d / Σ p·e^d, and the KL is log(1 + s) for
+    s = Σ p·(e^d − 1 − d). All terms are ≥ 0, and what cancels in them is of the size of d, a
+    thousandth, not of 11. The gradient, p_student − p, is p·(e^d − 1 − s)/(1 + s) by the same
+    algebra, and exactly 0 where the logits agree.
     """
     @staticmethod
     def forward(ctx, teacher_logits, student_logits):
@@ -294,7 +285,9 @@ class KLDivergence(torch.autograd.Function):
         d -= (p * d).sum(1, keepdim=True)
         growth = d.expm1()  # e^d − 1
         s = (p * (growth - d)).sum(1, keepdim=True)
-        ctx.save_for_backward(p.mul_(growth.sub_(s)).div_((1 + s) * len(p)))
+        growth -= s
+        p *= growth
+        ctx.save_for_backward(p.div_((1 + s) * len(p)))  # in place: p is 67 MB
         return s.log1p().mean()
 
     @staticmethod
@@ -314,7 +307,7 @@ def constant_student_kl(teacher_logits):
     """The KL in nats, from teacher logits (n, m), of the best student that gives every image the
     same answer: the mean of the teacher's. Without batch norm students may get stuck there.
     """
-    constant = teacher_logits.softmax(1).mean(0).log()
+    constant = (teacher_logits.softmax(1).mean(0) * teacher_logits.shape[1]).log()  # about 0
     return KLDivergence.apply(teacher_logits, constant.expand_as(teacher_logits)).item()
 
 
@@ -328,7 +321,7 @@ def train(batch_loss, n, optimizer, scaler, learning_rate, *, steps, batch_size,
 
     `batch_loss(index, step)` maps a batch of indices (B,) int64 into 0..n-1 to a scalar:
     distillation and supervised training differ in this function alone. Between the steps the caller
-    logs, probes, prunes and saves. `learning_rate(step)` is that of the step after `step`. The
+    logs, probes, prunes and saves. `learning_rate(step)` takes the steps already made, from 0. The
     order of the data depends on (seed, epoch) alone, so to stop after any step and go on from
     there, as `start`, changes nothing.
     """
@@ -346,6 +339,20 @@ def train(batch_loss, n, optimizer, scaler, learning_rate, *, steps, batch_size,
         scaler.step(optimizer)
         scaler.update()
         yield step + 1, loss.detach()
+
+
+# ---- Messages ------------------------------------------------------------------------------------
+
+class Problem(Exception):
+    """Something the user can put right; its text is one line that says how."""
+
+
+def say(text=""):
+    """Print a line at once. When nobody can read any more (`| head`), go on in silence."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ---- Data: uint8 images, all of them resident on the device --------------------------------------
@@ -398,11 +405,13 @@ def stratified_subset(data, n):
         return data
     if n > total:
         raise Problem(f"--n-samples {n:,} is more than the {total:,} training images there are")
+    y, rank = data.train_y.cpu(), torch.empty(total)
     shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-    member = F.one_hot(data.train_y.cpu()[shuffled]).float()  # of which class
-    # the k-th of a class of K ranks at (k − 1/2)/K: the n lowest take each class evenly
-    rank = (member * (member.cumsum(0) - 0.5) / member.sum(0).clamp(min=1)).sum(1)
-    chosen = shuffled[rank.argsort(stable=True)[:n]].sort().values
+    for label in y.unique():
+        members = shuffled[y[shuffled] == label]
+        # the k-th of K members ranks at (k − 1/2)/K: the n lowest take each class evenly
+        rank[members] = (torch.arange(len(members)) + 0.5) / len(members)
+    chosen = rank.argsort(stable=True)[:n].sort().values
     return data._replace(train_x=data.train_x[chosen], train_y=data.train_y[chosen])
 
 
@@ -423,13 +432,16 @@ def downloading(url, folder):
                       f"or --mirror URL of a directory that holds {archive_name}") from None
 
 
-def stack(dataset):
-    """A torchvision data set as images (n, 3, s, s) uint8 and labels (n,)."""
-    # at once, so that what does not fit into memory is an error now
-    images = np.empty((len(dataset), *np.asarray(dataset[0][0]).shape), np.uint8)
-    labels = torch.empty(len(dataset), dtype=torch.int64)
-    for i, (image, label) in enumerate(dataset):
-        images[i], labels[i] = image, label
+def stack(pairs, read=np.asarray):
+    """n pairs of an image, as `read` understands it, and a label: images (n, 3, s, s) uint8 and
+    labels (n,).
+    """
+    labels = torch.empty(len(pairs), dtype=torch.int64)
+    for i, (image, label) in enumerate(pairs):
+        pixels = read(image)
+        if i == 0:  # at once, so that what does not fit into memory is an error now
+            images = np.empty((len(pairs), *pixels.shape), np.uint8)
+        images[i], labels[i] = pixels, label
     return torch.from_numpy(images).permute(0, 3, 1, 2), labels
 
 
@@ -479,49 +491,36 @@ def cifar5m(cifar10, folder, n):
     return cifar10._replace(train_x=images, train_y=labels)
 
 
-class Folder(ImageFolder):
-    """torchvision's, without hidden folders and files, with a line for what a decoder may raise."""
-    def __init__(self, path, crop):
-        super().__init__(str(path), crop, loader=self.read, is_valid_file=self.is_image)
-
-    def find_classes(self, path):
-        names, _ = super().find_classes(path)
-        names = [name for name in names if not name.startswith(".")]
-        return names, {name: i for i, name in enumerate(names)}
-
-    def is_image(self, path):
-        return is_image_file(path) and "/." not in path.removeprefix(self.root)
-
-    @staticmethod
-    def read(path):
-        try:
-            image = Image.open(path)
-            if image.mode[0] in "IF":  # to make 8 bits of these, PIL would clip them
-                raise ValueError("more than 8 bits a channel")
-            return image.convert("RGB")
-        except Exception as error:
-            raise Problem(f"cannot read the image {path} ({error}): mend or delete it") from None
+def read_image(path, size):
+    """The middle square of an image, scaled to (size, size, 3) uint8."""
+    try:
+        image = Image.open(path)
+        if image.mode[0] in "IF":  # to make 8 bits of these, PIL would clip them
+            raise ValueError("more than 8 bits a channel")
+        return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR))
+    except Exception as error:  # a decoder may raise anything
+        raise Problem(f"cannot read the image {path} ({error}): mend or delete it") from None
 
 
 def image_folder(folder, image_size):
-    """A folder of images, scaled to a shorter side of image_size and cropped in the middle."""
-    crop = transforms.Compose([transforms.Resize(image_size), transforms.CenterCrop(image_size)])
-    try:
-        train = Folder(folder / "train", crop)
-        part = "test" if (folder / "test" / train.classes[0]).is_dir() else "val"
-        test = Folder(folder / part, crop)
-        annotations = folder / part / "val_annotations.txt"  # of Tiny ImageNet as it comes
-        if annotations.exists():  # all classes in one folder
-            rows = (line.split("\t") for line in annotations.read_text().splitlines())
-            test.samples = [(annotations.parent / "images" / name, train.class_to_idx[label])
-                            for name, label, *_ in rows]
-            return Data(*stack(train), *stack(test), train.classes)
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise Problem(f"{folder} needs train/<class>/ and test/<class>/ (or val/) folders of "
-                      f"images ({error})") from None
-    if train.classes != test.classes:
-        raise Problem(f"{folder}: train/ and {part}/ must hold the same classes")
-    return Data(*stack(train), *stack(test), train.classes)
+    """A folder with train/<class>/* and test/<class>/* (or val/); hidden files do not count."""
+    parts = []
+    for part in ("train", "test", "val"):
+        names = sorted(glob("*/**/*", root_dir=folder / part, recursive=True))
+        parts.append({folder / part / name: Path(name).parts[0]
+                      for name in names if is_image_file(name)})
+    annotations = folder / "val" / "val_annotations.txt"
+    if annotations.exists():  # Tiny ImageNet as it comes, with all classes in one folder
+        rows = re.findall(r"(\S+)\t(\S+).*", annotations.read_text())
+        parts.append({folder / "val" / "images" / name: label for name, label in rows})
+    classes = sorted(set(parts[0].values()))
+    train, *tests = ([(path, classes.index(label)) for path, label in part.items()]
+                     for part in parts if {*part.values()} == {*classes})
+    if classes and tests:
+        read = partial(read_image, size=image_size)
+        return Data(*stack(train, read), *stack(tests[0], read), classes)
+    raise Problem(f"{folder} needs train/<class>/ and test/<class>/ (or val/) folders of images, "
+                  "with the same classes in both")
 
 
 def gaussian_noise(n, image_size):
@@ -582,11 +581,15 @@ def dead_leaves(n_train=1000, n_test=200, n_leaves=50, size=32):
 
 # ---- The training loop with labels, for prune.py and landscape.py --------------------------------
 
-def classifier(encoder, r, n_classes, seed):
-    """`encoder`, with embeddings of width r, and a linear head, which `seed` fixes."""
-    torch.manual_seed(seed)
-    return nn.Sequential(OrderedDict(encoder=encoder.requires_grad_(True),
-                                     head=nn.Linear(r, n_classes)))
+def classifier(encoder, r, n_classes, args, device):
+    """(network, optimizer, scaler) for `fine_tune`: `encoder`, with embeddings of width r, and a
+    linear head, which args.seed fixes; and what trains them.
+    """
+    torch.manual_seed(args.seed)
+    network = nn.Sequential(OrderedDict(encoder=encoder.requires_grad_(True),
+                                        head=nn.Linear(r, n_classes))).train().to(device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
+    return network, optimizer, torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
 
 def classify(network, images, stats, amp):
@@ -657,6 +660,10 @@ def cpuinfo():
     return path.read_text() if path.exists() else ""
 
 
+def has_batch_norm(arch, norm="batch"):
+    return arch.startswith("resnet") and norm == "batch"
+
+
 def pick_amp(amp, device, arch, norm="batch"):
     """Resolve --amp auto: bf16 where the hardware multiplies it fast, else fp16 on CUDA, else
     float32 ("off").
@@ -666,7 +673,7 @@ def pick_amp(amp, device, arch, norm="batch"):
     """
     if amp != "auto":
         return amp
-    if not arch.startswith("resnet") or norm != "batch":
+    if not has_batch_norm(arch, norm):
         return "off"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -796,7 +803,7 @@ def load_networks(path):
         for key, default in to_config(parse_args([])).items():
             if default is not None and type(config[key]) is not type(default):
                 raise TypeError(f"--{key.replace('_', '-')} is {config[key]}")
-        networks = [Network(*(config[key] for key in SHAPE)) for _ in range(2)]
+        networks = [Network(*(config[key] for key in SETTINGS)) for _ in range(2)]
         for network, role in zip(networks, ("teacher", "student")):
             network.to(memory_format=torch.channels_last).load_state_dict(checkpoint[role])
     except Exception as error:
@@ -1013,7 +1020,7 @@ def parse_args(argv=None):
     return args
 
 
-# ---- Main: the experiment ------------------------------------------------------------------------
+# ---- What a run prints ---------------------------------------------------------------------------
 
 # of probe.py
 PROBES = {"linear_paper": "linear (paper)", "linear_converged": "linear (converged)", "knn": "k-NN"}
@@ -1054,7 +1061,7 @@ def give_advice(args, log, constant_kl):
     """
     if len(log) == 2 and log[1]["distance"] == 0:
         say("the student has not moved at all")
-        if args.init_eps == 0 and (args.norm != "batch" or "resnet" not in args.arch):
+        if args.init_eps == 0 and not has_batch_norm(args.arch, args.norm):
             say("without batch norm ε=0 is a fixed point, and here nothing rounds it away (README, "
                 "\"The fixed point\"): take --init-eps 1e-10")
     elif (args.loss != "mse" and on_plateau(log, constant_kl)
@@ -1063,29 +1070,33 @@ def give_advice(args, log, constant_kl):
             "it may stay so for long, and --warmup 200 may avoid it (README, \"VGG's plateau\")")
 
 
-def networks_of(args, shape, checkpoint):
-    """(teacher, student) as they are before the first step.
-
-    Resumed runs keep the teacher that they began with.
-    """
-    teacher = random_network(2 * args.seed, **shape)
-    if checkpoint:
-        teacher, *_ = load_networks(args.out)
-    elif args.teacher:
-        _, teacher, other = load_networks(args.teacher)
-        check_same(args.teacher, other, shape)
-        say(f"the teacher is the student of {args.teacher}{progress(other)}")
-    student = init_student(teacher, random_network(2 * args.seed + 1, **shape), args.init_eps)
-    return teacher, student
-
-
 def catch_signals():
-    """A list that grows, where the process would end, when somebody wants it to."""
-    interrupts = []  # by Ctrl-C, a cluster that wants its node, a closed terminal
+    """From now on Ctrl-C, a cluster that wants its node and a closed terminal do not end the
+    process: they append to the list that this returns.
+    """
+    interrupts = []
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
             signal.signal(signum, lambda signum, frame: interrupts.append(signum))
     return interrupts
+
+
+# ---- Main: the experiment ------------------------------------------------------------------------
+
+def networks_of(args, settings, checkpoint):
+    """(teacher, student) as they are before the first step, also for a run that goes on: distances
+    are from there.
+    """
+    if checkpoint:
+        teacher, *_ = load_networks(args.out)
+    elif args.teacher:
+        _, teacher, other = load_networks(args.teacher)
+        check_same(args.teacher, other, settings)
+        say(f"the teacher is the student of {args.teacher}{progress(other)}")
+    else:
+        teacher = random_network(2 * args.seed, **settings)
+    student = init_student(teacher, random_network(2 * args.seed + 1, **settings), args.init_eps)
+    return teacher, student
 
 
 def main(argv=None):
@@ -1117,7 +1128,7 @@ def main(argv=None):
 
     # In eval mode a random teacher's batch norms use their initial statistics, mean 0 and variance
     # 1, while the student's use each batch's own: so with batch norm the two differ even at ε = 0
-    teacher, student = networks_of(args, {key: config[key] for key in SHAPE}, checkpoint)
+    teacher, student = networks_of(args, {key: config[key] for key in SETTINGS}, checkpoint)
     teacher.requires_grad_(False).eval().to(device)
     student.train().to(device)
     parameters = list(student.parameters())
@@ -1154,8 +1165,8 @@ def main(argv=None):
         """Constant, after a linear --warmup."""
         return args.lr * min(1, (step + 1) / max(args.warmup, 1))
 
-    # What is known before the first step: `about`, which run.json tells beside the settings (under
-    # "made", where and by which commit each call ran), and the teacher's probes
+    # `about` is what run.json tells beside the options: the teacher's probes, and under "made" by
+    # which hardware and which commit each part of the run was made
     print_header(args, len(images), steps, device, constant_kl)
     about = checkpoint["about"] if checkpoint else {"made": []}
     about |= {"n_images": len(images), "total_steps": steps, "constant_student_kl": constant_kl}
@@ -1171,7 +1182,7 @@ def main(argv=None):
                             **{name: part.state_dict() for name, part in state.items()})
             write_json(args.out / "run.json", {**config, **about})
         write_csv(args.out / "log.csv", LOG_COLUMNS, log)
-        seconds = (steps / per_epoch - row["epoch"]) * len(images) / (row["images_per_s"] or 1)
+        seconds = (steps - row["step"]) * args.batch_size / (row["images_per_s"] or 1)
         show(row, eta=timedelta(seconds=round(seconds)) if row["step"] else "")
 
     if checkpoint:
@@ -1185,7 +1196,7 @@ def main(argv=None):
     else:
         probes = about["teacher_probes"] = evaluate(teacher.encoder, probe_data)
         say(f"{'teacher':>7}{'':49}{scores(probes)}")
-        if fingerprint(student.encoder) != fingerprint(teacher.encoder):  # equal at ε = 0
+        if args.init_eps > 0 or args.teacher:  # else the student is still its teacher
             probes = evaluate(student.encoder, probe_data)
         add_to_log({"step": 0, "epoch": 0.0, "kl": math.nan, "distance": 0.0, "images_per_s": 0,
                     **probes}, saving=True)
@@ -1201,7 +1212,7 @@ def main(argv=None):
             row = {"step": step, "epoch": step / per_epoch,
                    "kl": torch.stack(losses).double().mean().item(),
                    "distance": distance(parameters, parameters_0),
-                   "images_per_s": len(losses) * len(images) / per_epoch / (time.time() - clock)}
+                   "images_per_s": len(losses) * args.batch_size / (time.time() - clock)}
             if not math.isfinite(row["kl"] + row["distance"]):
                 raise Problem(f"the loss is no longer finite by step {step}: lower --lr or take "
                               f"--amp off; what {args.out} held is kept")

@@ -26,14 +26,15 @@ import torch
 from torch.optim.swa_utils import update_bn
 
 from distill import (
-    ARCHS, MAY_CHANGE, POSITIVE, SHAPE, Data, Problem, add_common_options, add_fine_tuning_options,
-    autocast, channel_stats, check_same, checkpoint_to_resume, classification_accuracy, classifier,
-    embed, fill_defaults, fine_tune, fingerprint, init_student, kl_by_log_softmax, load_checkpoint,
-    load_data, load_networks, make_parser, new_figure, normalise, number, pick_amp, pick_device,
-    picture, progress, provenance, random_network, run_cli, save_checkpoint, save_figure, say,
-    stratified_subset, to_config, write_atomically)
+    ARCHS, MAY_CHANGE, POSITIVE, SETTINGS, Data, Problem, add_common_options,
+    add_fine_tuning_options, autocast, channel_stats, check_same, checkpoint_to_resume,
+    classification_accuracy, classifier, embed, fill_defaults, fine_tune, fingerprint, init_student,
+    kl_by_log_softmax, load_checkpoint, load_data, load_networks, make_parser, new_figure,
+    normalise, number, pick_amp, pick_device, picture, progress, provenance, random_network,
+    run_cli, save_checkpoint, save_figure, say, stratified_subset, to_config, write_atomically)
 from probe import linear_probe, linear_probe_converged, mean_std
 
+RANGE = {"nargs": 2, "metavar": ("LOW", "HIGH")}  # of an option that wants two numbers
 FREE = MAY_CHANGE - {"epochs"} | {"a", "b", "run", "made"}  # what may change on --resume
 
 
@@ -123,6 +124,14 @@ def load_shuffled(args, distilled, n, device):
             len(data.classes))
 
 
+def full_config(args, images, test_images, networks, distilled, device):
+    """The options, and what they do not say: how much data, which networks, on which machine."""
+    return to_config(args) | {
+        "n_images": len(images), "n_test_images": len(test_images),
+        "starting_weights": [fingerprint(network)[:12] for network in networks],
+        "distilled": distilled, "made": provenance(device)}
+
+
 def save_npz(path, config, arrays):
     write_atomically(path, lambda file: np.savez(file, config=json.dumps(config), **arrays))
 
@@ -133,23 +142,20 @@ def read_npz(path):
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
             return json.loads(str(arrays.pop("config"))), arrays
-    except FileNotFoundError:
-        raise Problem(f"no file {path}: make one with landscape.py plane or connect") from None
     except Exception as error:  # numpy and zipfile have many
-        raise Problem(f"{path} is truncated or not a file of landscape.py "
-                      f"({type(error).__name__}): name another, or compute it again") from None
+        raise Problem(f"{path} is no whole file of landscape.py ({type(error).__name__}): name "
+                      "another, or compute it with plane or connect") from None
 
 
 # ---- plane ---------------------------------------------------------------------------------------
 
-CHUNK = 8  # points whose probes train together
 QUANTITIES = {"kl": "KL to the teacher (nats)", "linear_paper": "linear probe, paper (%)",
               "linear_converged": "linear probe, converged (%)"}
 
 
 def locality(eps):
     """The paper's α = ε/(1+ε), in two digits; 1e-10 is its "α ≈ 0"."""
-    return f"{round(eps / (1 + eps), 2):g}" if eps < math.inf else "1"
+    return f"{round(1 - 1 / (1 + eps), 2):g}"
 
 
 def anchors_of(args):
@@ -157,21 +163,16 @@ def anchors_of(args):
     do not fit.
     """
     teacher, student, config = load_networks(args.a)
-    alpha, shape = locality(config["init_eps"]), {key: config[key] for key in SHAPE}
+    alpha, settings = locality(config["init_eps"]), {key: config[key] for key in SETTINGS}
     if args.b:
         teacher_b, student_b, config_b = load_networks(args.b)
-        check_same(args.b, config_b, shape)
+        check_same(args.b, config_b, settings)
         if fingerprint(teacher) != fingerprint(teacher_b):
             raise Problem(f"{args.a} and {args.b} have different teachers: a shared view wants "
                           "runs with the same --seed")
-        third = {f"θ*_S({locality(config_b['init_eps'])})": student_b}
-        return teacher, {"θ_T": teacher, f"θ*_S({alpha})": student, **third}, config
-    redrawn = random_network(2 * config["seed"], **shape)
-    if not config["teacher"] and fingerprint(teacher) != fingerprint(redrawn):
-        raise Problem(f"this version of torch does not draw the teacher of {args.a} again from its "
-                      "seed, so the student's start is lost too: name a second run, or distil "
-                      "again")
-    start = init_student(teacher, random_network(2 * config["seed"] + 1, **shape),
+        return teacher, {"θ_T": teacher, f"θ*_S({alpha})": student,
+                         f"θ*_S({locality(config_b['init_eps'])})": student_b}, config
+    start = init_student(teacher, random_network(2 * config["seed"] + 1, **settings),
                          config["init_eps"])
     return teacher, {"θ_T": teacher, f"θ_S({alpha})": start, f"θ*_S({alpha})": student}, config
 
@@ -187,8 +188,7 @@ def plane_args(argv):
     add("--grid", "so many points a side", 25, type=number(int, 3))
     for axis in ("--x", "--y"):
         add(axis, "its lowest and highest value, for a crop or a longer reach (default: well "
-            "beyond the three points)", type=number(float, -1e9, 1e9), nargs=2,
-            metavar=("LOW", "HIGH"))
+            "beyond the three points)", type=number(float, -1e9, 1e9), **RANGE)
     add("--encoder-only", "the plane of the encoders' weights; KL between softmaxed embeddings "
         "(Fig. 13-16)", False, action="store_true")
     add("--n-samples", "at most so many training images, for the KL and to train the probes on",
@@ -201,10 +201,8 @@ def plane_args(argv):
     args = parser.parse_args(argv)
     args.view = "shared" if args.b else "non-local"
     other = f"-{folder(args.b).name}" if args.b else ""
-    name = f"plane-{args.view}{other}{'-encoder' * args.encoder_only}.npz"
-    args.out = args.out or folder(args.a) / name
-    if args.out.suffix != ".npz":
-        parser.error("--out wants a name that ends in .npz")
+    encoder = "-encoder" * args.encoder_only
+    args.out = args.out or folder(args.a) / f"plane-{args.view}{other}{encoder}.npz"
     return args
 
 
@@ -251,16 +249,13 @@ def plane(argv):
     corners = coordinates(theta, origin, basis)
     low, high = corners.min(0), corners.max(0)
     middle, reach = (low + high) / 2, 0.85 * (high - low).max()
-    x, y = (np.linspace(*sorted(limits or (centre - reach, centre + reach)), args.grid)
+    x, y = (np.linspace(*(limits or (centre - reach, centre + reach)), args.grid)
             for limits, centre in zip((args.x, args.y), middle))
     grid = np.stack(np.meshgrid(x, y), axis=2).reshape(-1, 2)
     arrays = {"x": x, "y": y, "points": np.concatenate([corners, grid]),
-              "anchors": np.array(list(networks)),
+              "anchors": np.array([*networks]),
               **dict.fromkeys(("norm", *QUANTITIES), np.empty(0))}
-    config = to_config(args) | {
-        "n_images": len(images), "n_test_images": len(test_x),
-        "weights": [fingerprint(net)[:12] for net in networks.values()],
-        "distilled": distilled, "made": provenance(device)}
+    config = full_config(args, images, test_x, networks.values(), distilled, device)
     if args.out.exists():
         if not args.resume:
             raise Problem(f"{args.out} exists: add --resume to go on with it, or name another file "
@@ -275,22 +270,14 @@ def plane(argv):
     with torch.no_grad():  # the same at every point
         teacher_embeddings = [embed(teacher.encoder, batch) for batch in batches]
 
-    def kl_to_teacher(batches_of_embeddings):
-        """The KL at a point, in float64, which is exact in its usual form (KLDivergence); for
-        encoders alone that of the softmaxed embeddings.
-        """
-        kl = 0.0
-        for pair in zip(teacher_embeddings, batches_of_embeddings):
-            if not args.encoder_only:
-                pair = (net.last_layer(net.projector(embeddings))
-                        for net, embeddings in zip((teacher, network), pair))
-            p, q = (logits.double() for logits in pair)
-            kl += kl_by_log_softmax(p, q).item() * len(p) / len(images)
-        return kl
+    def logits(net, embeddings):
+        """What KL compares, in float64, in which its usual form is exact enough (KLDivergence)."""
+        if not args.encoder_only:
+            embeddings = net.last_layer(net.projector(embeddings))
+        return embeddings.double()
 
-    @torch.no_grad()
     def measure(i):
-        """Norm, KL, features of the training images and of the test images at point i.
+        """{quantity: its value} at point i.
 
         One point at a time: vmap over four points took 2.5 times as long (CPU; ResNet20 and VGG11,
         batches of 128).
@@ -298,26 +285,25 @@ def plane(argv):
         point = torch.from_numpy(arrays["points"][i]).to(device)
         here = theta[i] if i < 3 else origin + point @ basis  # the anchors to the last bit
         place(parameters, here)
-        features, test_features = ([embed(network.encoder, batch, args.amp) for batch in part]
-                                   for part in (batches, test_batches))
-        kl = kl_to_teacher(features)
+        with torch.no_grad():
+            features, test_features = ([embed(network.encoder, batch, args.amp) for batch in part]
+                                       for part in (batches, test_batches))
+            kl = sum(kl_by_log_softmax(logits(teacher, t), logits(network, s)).item() * len(t)
+                     for t, s in zip(teacher_embeddings, features)) / len(images)
         if not math.isfinite(kl):
             raise Problem(f"the network is not finite at {arrays['points'][i].round(3)}: keep --x "
                           "and --y closer to the anchors")
-        return here.norm().item(), kl, torch.cat(features), torch.cat(test_features)
+        parts = torch.cat(features), labels, torch.cat(test_features), test_y, n_classes
+        return {"norm": here.norm().item(), "kl": kl, "linear_paper": linear_probe(*parts).item(),
+                "linear_converged": linear_probe_converged(*parts)}
 
     clock, total = time.time(), len(arrays["points"])
-    for start in range(len(arrays["kl"]), total, CHUNK):
-        norm, kl, *features = zip(*map(measure, range(start, min(start + CHUNK, total))))
-        features, test_features = map(torch.stack, features)
-        probe_data = features, labels, test_features, test_y, n_classes
-        measured = {"norm": norm, "kl": kl,
-                    "linear_paper": linear_probe(*probe_data)[:, 0].cpu(),
-                    "linear_converged": linear_probe_converged(*probe_data).cpu()}
-        for name, values in measured.items():
-            arrays[name] = np.concatenate([arrays[name], values])
-        save_npz(args.out, config, arrays)
-        say(f"{start + len(kl):7d} of {total} points, {time.time() - clock:.0f} s")
+    for i in range(len(arrays["kl"]), total):
+        for name, value in measure(i).items():
+            arrays[name] = np.append(arrays[name], value)
+        if i % args.grid == 2:  # the anchors, and then each row of the grid
+            save_npz(args.out, config, arrays)
+            say(f"{i + 1:7d} of {total} points, {time.time() - clock:.0f} s")
     for i, name in enumerate(arrays["anchors"]):
         say(f"{name:10}" + ", ".join(f"{label} {arrays[quantity][i]:.5g}"
                                      for quantity, label in QUANTITIES.items()))
@@ -367,48 +353,35 @@ def connect(argv):
                                                               device)
     stats = channel_stats(images)
     starts = dict(zip(INITS, (student, teacher)))
-    config = to_config(args) | {
-        "n_images": len(images), "n_test_images": len(test_x),
-        "starting_weights": [fingerprint(encoder)[:12] for encoder in starts.values()],
-        "distilled": distilled, "made": provenance(device)}
-    copies, lines = [], []  # state dicts and lists of test errors, the student's first
+    config = full_config(args, images, test_x, starts.values(), distilled, device)
+    copies = []  # state dicts, the student's first
     if checkpoint:
         check_same(args.out, checkpoint["config"], config, FREE | {"distilled"})
-        copies, lines = checkpoint["copies"], checkpoint["lines"]
+        copies = checkpoint["copies"]
+    npz = args.out / "connect.npz"
+    if npz.exists():
+        return say(f"{npz} is complete; to see it: python landscape.py plot {npz}")
     say(f"{distilled['arch']} of {args.run}{progress(distilled)} on {args.dataset}: "
         f"{args.copies} copies each of student and random init, {len(images):,} images, "
         f"{args.epochs} epochs in batches of {args.batch_size}; lines over {len(test_x):,} test "
         f"images, {device.type}, amp {args.amp} -> {args.out}")
 
-    def save():
-        save_checkpoint(args.out / "last.pt", "landscape.py", config=config, copies=copies,
-                        lines=lines)
-
     def new_classifier(encoder):
-        return classifier(deepcopy(encoder), ARCHS[distilled["arch"]][1], n_classes,
-                          args.seed).train().to(device)
+        return classifier(deepcopy(encoder), ARCHS[distilled["arch"]][1], n_classes, args, device)
 
-    def train_copy(encoder, order_seed):
-        """A fine-tuned copy of `encoder` with its linear classifier."""
-        network = new_classifier(encoder)
-        optimizer = torch.optim.SGD(network.parameters(), lr=args.lr, momentum=0.9,
-                                    weight_decay=1e-4)
-        scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        for _, loss in fine_tune(network, optimizer, scaler, images, labels, args, order_seed):
+    for init, copy in list(itertools.product(INITS, range(args.copies)))[len(copies):]:
+        network, *trained_by = new_classifier(starts[init])
+        for _, loss in fine_tune(network, *trained_by, images, labels, args, args.seed + copy):
             pass
         if not loss.isfinite():
             raise Problem("the loss of a copy is not finite: lower --lr or take --amp off; what "
                           f"{args.out} held is kept")
-        return network
-
-    for init, copy in list(itertools.product(INITS, range(args.copies)))[len(copies):]:
-        network = train_copy(starts[init], args.seed + copy)
         copies.append({name: t.cpu() for name, t in network.state_dict().items()})
-        save()
+        save_checkpoint(args.out / "last.pt", "landscape.py", config=config, copies=copies)
         accuracy = classification_accuracy(network, test_x, test_y, stats, args.amp)
         say(f"{init}, copy {copy}: test error {100 - accuracy:.2f} %")
 
-    between = new_classifier(student)  # its weights go along the lines
+    between, *_ = new_classifier(student)  # its weights go along the lines
     bn_batches = [normalise(x, stats) for x in images[:BN_IMAGES].split(500)]
 
     def error(state):
@@ -419,16 +392,13 @@ def connect(argv):
         return 100 - classification_accuracy(between, test_x, test_y, stats, args.amp)
 
     ts, pairs = np.linspace(0, 1, args.points), list(itertools.combinations(range(args.copies), 2))
-    for i, (a, b) in list(itertools.product((0, args.copies), pairs))[len(lines):]:
-        lines.append(error_along_line(copies[i + a], copies[i + b], ts, error).tolist())
-        save()
-    errors = np.array(lines).reshape(2, len(pairs), args.points)
-    save_npz(args.out / "connect.npz", config,
+    errors = np.array([[error_along_line(copies[i + a], copies[i + b], ts, error)
+                        for a, b in pairs] for i in (0, args.copies)])
+    save_npz(npz, config,
              {"t": ts, "pairs": np.array(pairs), "error": errors, "barrier": barrier(errors)})
     for init, lines in zip(INITS, errors):
         say(f"{init}: {summary(lines)}")
-    say(f"{args.out}/connect.npz is complete; to see it: python landscape.py plot "
-        f"{args.out}/connect.npz")
+    say(f"{npz} is complete; to see it: python landscape.py plot {npz}")
 
 
 # ---- Pictures, drawn from the files alone --------------------------------------------------------
@@ -443,9 +413,9 @@ def plot(argv):
     add("--figure", "the picture: .png, .pdf or .svg (default: beside the first file, .png)",
         type=picture)
     add("--kl-range", "ends of the colours for the KL; the paper's are 1e-7 1e-3, with raw rows "
-        "(default: from the data)", type=number(float, 1e-300), nargs=2, metavar=("LOW", "HIGH"))
+        "(default: from the data)", type=number(float, 1e-300), **RANGE)
     add("--accuracy-range", "ends of the colours for accuracy in %%; the paper's are 10 50 "
-        "(default: from the data)", type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"))
+        "(default: from the data)", type=number(float, 0), **RANGE)
     args = parser.parse_args(argv)
     files = {path: read_npz(path) for path in args.files}
     are_planes = {"kl" in arrays for _, arrays in files.values()}
@@ -510,7 +480,7 @@ def draw_lines(files):
     """
     (first, (config, arrays)), *others = files.items()
     for path, (other, _) in others:
-        alike = ("points", "epochs", "lr", "batch_size", "dataset", "n_images", "n_test_images")
+        alike = ("points", "epochs", "lr", "batch_size", "dataset", "n_images")
         check_same(f"{first} to {path}", config, {key: other[key] for key in alike}, ())
     figure, axes = new_figure(1, 2, figsize=(7, 3.6), sharey=True)
     for start, (axis, title) in enumerate(zip(axes, INITS)):

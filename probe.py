@@ -30,9 +30,6 @@ from distill import (
 
 
 # ---- The probes ----------------------------------------------------------------------------------
-# Linear probes take features with a leading dimension P, say for P networks: each gets a head of
-# its own, and the heads train side by side. A step of one is so small that a processor spends it
-# waiting; P steps take hardly longer than one.
 
 def accuracy(logits, labels):
     """Share of logits (..., n, classes) whose largest is that of the labels (n,), in % (...)."""
@@ -41,37 +38,36 @@ def accuracy(logits, labels):
 
 def linear_probe(x, y, test_x, test_y, n_classes, seeds=(0,), epochs=10):
     """The paper's linear probe (App. E): test accuracy in % after ten epochs of AdamW at torch's
-    defaults, (P, D).
+    defaults, (D,).
 
-    `x` and `test_x` are features (P, n, r) float32, not standardised, `y` and `test_y` labels (n,).
+    `x` and `test_x` are features (n, r) float32, not standardised, `y` and `test_y` labels (n,).
     Each of the D `seeds` is a draw of the head's initial weights and of one shuffle, so of the
-    batches of 256, which are the same in every epoch. P·D heads train.
+    batches of 256, which are the same in every epoch. The D heads train side by side: a step of one
+    is so small that a processor spends it waiting.
     """
-    heads, orders = [], []
+    weight, bias, orders = [], [], []
     for seed in seeds:
         torch.manual_seed(seed)
-        heads.append(nn.Linear(x.shape[2], n_classes))  # torch's default initialisation
+        head = nn.Linear(x.shape[1], n_classes)  # torch's default initialisation
+        weight.append(head.weight.detach())
+        bias.append(head.bias.detach()[:, None])
         orders.append(torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)))
-    weight, bias = (torch.stack([p.detach() for p in part]).repeat(len(x), 1, 1).to(x.device)
-                    for part in zip(*((head.weight, head.bias[:, None]) for head in heads)))
+    weight, bias, order = (torch.stack(part).to(x.device) for part in (weight, bias, orders))
     optimizer = torch.optim.AdamW([weight.requires_grad_(), bias.requires_grad_()], fused=True)
-    batches = torch.stack(orders).to(x.device).split(256, dim=1)
-    for index in batches * epochs:  # (D, 256)
+    for index in order.split(256, dim=1) * epochs:  # (D, 256)
         optimizer.zero_grad()
-        features, labels = x[:, index].flatten(0, 1), y[index].repeat(len(x), 1)
-        logits = torch.baddbmm(bias, weight, features.mT)  # (P·D, classes, 256)
+        logits = torch.baddbmm(bias, weight, x[index].mT)  # (D, classes, 256)
         # each head's mean, summed
-        loss = F.cross_entropy(logits, labels, reduction="sum") / index.shape[1]
+        loss = F.cross_entropy(logits, y[index], reduction="sum") / index.shape[1]
         loss.backward()
         optimizer.step()
-    weight, bias = (p.detach().unflatten(0, (len(x), -1)) for p in (weight, bias))
-    return accuracy(torch.einsum("pnr,pdcr->pdnc", test_x, weight) + bias.mT, test_y)
+    return accuracy(test_x @ weight.detach().mT + bias.detach().mT, test_y)
 
 
 @torch.no_grad()
 def linear_probe_converged(x, y, test_x, test_y, n_classes, l2=1e-3, tolerance=1e-5, max_iter=5000):
-    """Test accuracy (P,) in % of logistic regression on standardised features, run until no
-    gradient exceeds `tolerance`.
+    """Test accuracy in % of logistic regression on standardised features, run until no gradient
+    exceeds `tolerance`.
 
     It minimises mean cross-entropy + l2/2·‖weight‖², shapes as above. Every step minimises a
     quadratic upper bound of that loss (Böhning 1992), with Nesterov's momentum, restarted where it
@@ -79,27 +75,26 @@ def linear_probe_converged(x, y, test_x, test_y, n_classes, l2=1e-3, tolerance=1
     if it does not converge.
     """
     # what never varies stays 0
-    mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True).clamp(min=1e-8)
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-8)
     # 1: for the bias
     x, test_x = (F.pad((features - mean) / std, (0, 1), value=1.0) for features in (x, test_x))
-    decay = torch.full((x.shape[2], 1), l2, device=x.device)
+    decay = torch.full((x.shape[1], 1), l2, device=x.device)
     decay[-1] = 0  # the bias is free
-    bound = (x.mT @ x).double() / (2 * len(y))
-    diagonal = bound.diagonal(dim1=1, dim2=2)
+    bound = (x.T @ x).double() / (2 * len(y))
+    diagonal = bound.diagonal()
     # a little more, for what float32 rounded off
-    diagonal += decay[:, 0] + 1e-6 * diagonal.sum(1, keepdim=True)
+    diagonal += decay[:, 0] + 1e-6 * diagonal.sum()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound)).float()
     target = F.one_hot(y, n_classes)
-    weight = ahead = torch.zeros(len(x), x.shape[2], n_classes, device=x.device)
-    age = torch.zeros(len(x), 1, 1, device=x.device)  # of the momentum, in steps
+    weight = ahead = torch.zeros(x.shape[1], n_classes, device=x.device)
+    age = 0  # of the momentum, in steps
     for _ in range(max_iter):
-        error = (x @ ahead).softmax(2) - target
-        gradient = (error.mT @ x).mT / len(y) + decay * ahead  # x.mT @ error takes 5 times as long
+        error = (x @ ahead).softmax(1) - target
+        gradient = (error.T @ x).T / len(y) + decay * ahead  # x.T @ error takes 5 times as long
         if gradient.abs().max() < tolerance:
-            return accuracy(test_x @ ahead, test_y)
-        last, weight = weight, ahead - (gradient.mT @ inverse).mT
-        uphill = ((weight - last) * gradient).sum((1, 2), keepdim=True) > 0
-        age = torch.where(uphill, 0, age + 1)
+            return accuracy(test_x @ ahead, test_y).item()
+        last, weight = weight, ahead - (gradient.T @ inverse).T
+        age = 0 if ((weight - last) * gradient).sum() > 0 else age + 1
         ahead = weight + age / (age + 3) * (weight - last)
     raise Problem(f"the converged linear probe did not converge (largest gradient entry "
                   f"{gradient.abs().max():.1e})")
@@ -160,16 +155,15 @@ def evaluate(encoder, data, seeds=(0,), amp="off"):
     stats, n_classes = channel_stats(data.train_x), len(data.classes)
     x, test_x = (extract_features(encoder, images, stats, amp)
                  for images in (data.train_x, data.test_x))
-    heads = x[None], data.train_y, test_x[None], data.test_y, n_classes
+    parts = x, data.train_y, test_x, data.test_y, n_classes
     # 25 at once: more leave a processor's cache
-    draws = torch.cat([linear_probe(*heads, seeds[i:i + 25])[0] for i in range(0, len(seeds), 25)])
+    draws = torch.cat([linear_probe(*parts, seeds[i:i + 25]) for i in range(0, len(seeds), 25)])
     scatter = {}
     if len(seeds) > 1:
         scatter = {"linear_paper_std": draws.std().item(), "linear_paper_max": draws.max().item(),
                    "draws": len(seeds)}
     return {"linear_paper": draws.mean().item(), **scatter,
-            "linear_converged": linear_probe_converged(*heads).item(),
-            "knn": knn_probe(x, data.train_y, test_x, data.test_y, n_classes)}
+            "linear_converged": linear_probe_converged(*parts), "knn": knn_probe(*parts)}
 
 
 # ---- The table and the picture -------------------------------------------------------------------
@@ -185,15 +179,16 @@ def mean_std(values):
 
 
 def print_table(rows, draws):
-    """Print {(label, ...): [(probes in %, {what it is compared with: probes}), ...]}, a row each
-    and one for each comparison, as mean ± std over seeds.
+    """Print {(label, ...): {weights: (probes in %, {what it is compared with: probes})}}, a
+    row each and one for each comparison, as mean ± std over seeds.
     """
     def line(label, cells):
         say(f"{label:34}" + "".join(f"{cell:>22}" for cell in cells))
 
     say()
     line("accuracy in %", COLUMNS.values())
-    for (label, *_), results in rows.items():
+    for (label, *_), row in rows.items():
+        results = list(row.values())
         seeds = f" ({len(results)} seeds)" if len(results) > 1 else ""
         line(label + seeds, [mean_std([probes[key] for probes, _ in results]) for key in COLUMNS])
         for reference in results[0][1]:
@@ -250,9 +245,7 @@ def parse_args(argv=None):
 
 
 def encoders_of(args, runs, image_size, data):
-    """Yield (row of the table, name, encoder, {what it is compared with: name}) of all to be
-    probed.
-    """
+    """Yield (row of the table, name, encoder, {what it is compared with: name}) of all to probe."""
     def controls(row, name, encoder):
         """A random teacher, and the same with calibrated batch norm, if it has any."""
         yield (row,), name, encoder, {}
@@ -265,22 +258,18 @@ def encoders_of(args, runs, image_size, data):
     for arch, seed in itertools.product(args.teacher, args.seeds):
         encoder = random_network(2 * seed, arch, 1, image_size).encoder
         yield from controls(f"teacher {arch}", f"teacher {arch} seed {seed}", encoder)
-    teachers = {}
     for path, (teacher, student, config) in runs.items():
-        key, eps = fingerprint(teacher), config["init_eps"]
-        if key not in teachers:  # one that several runs share is probed once
-            teachers[key] = f"teacher of {path}"
-            yield from controls(f"teacher {config['arch']}", teachers[key], teacher)
-        references = {"teacher": teachers[key]}
+        references = {"teacher": f"teacher of {path}"}
+        yield from controls(f"teacher {config['arch']}", references["teacher"], teacher)
         # what the runs of a row have in common: all but their seeds
         alike = str({**config, **dict.fromkeys((*MAY_CHANGE, "seed"))})
         row = re.sub("-?seed[0-9]+$", "", path.name)
-        if eps > 0:
+        if config["init_eps"] > 0:
             shape = (config["arch"], 1, config["image_size"], config["norm"])
             start = random_network(2 * config["seed"] + 1, *shape).encoder.to(data.train_x.device)
-            references["start"] = f"start of {path}"
-            yield ((f"start of {row}", alike), references["start"],
-                   init_student(teacher, start, eps), {"teacher": teachers[key]})
+            init_student(teacher, start, config["init_eps"])
+            yield (f"start of {row}", alike), f"start of {path}", start, references
+            references = references | {"start": f"start of {path}"}
         yield (f"student {row}{progress(config)}", alike), f"student {path}", student, references
 
 
@@ -307,21 +296,23 @@ def main(argv=None):
              "test_images": len(data.test_y), "amp": args.amp, "draws": args.draws}
     say(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, "
         f"{len(data.classes)} classes, {device.type}")
-    rows = {}
+    if not all(isinstance(known, dict) and about.items() <= known.items()
+               for known in results.values()):
+        raise Problem(f"{args.json} was measured on other data than {dataset}, or with other --amp "
+                      "or --draws: name another file")
+    measured, rows = {known["weights"]: known for known in results.values()}, {}
     for row, name, encoder, references in encoders_of(args, runs, image_size, data):
-        weights, known = fingerprint(encoder)[:12], results.get(name, about)
-        if not about.items() <= known.items():
-            raise Problem(f"{args.json} was measured on other data than {dataset}, or with other "
-                          "--amp or --draws: name another file")
-        if known.get("weights") != weights:  # not probed yet, or it has been trained since
+        weights = fingerprint(encoder)[:12]
+        if weights not in measured:  # not yet; a teacher that runs share is probed once
             probes = evaluate(encoder.to(device), data, range(args.draws), args.amp)
-            results[name] = {**probes, **about, "weights": weights, **provenance(device)}
+            measured[weights] = {**probes, **about, "weights": weights, **provenance(device)}
+        results[name] = measured[weights]
         if args.json:
             write_json(args.json, results)
         say(f"  {name}: " + ", ".join(f"{title} {results[name][probe]:.2f}"
                                       for probe, title in PROBES.items()))
-        rows.setdefault(row, []).append(
-            (results[name], {label: results[other] for label, other in references.items()}))
+        rows.setdefault(row, {})[weights] = (
+            results[name], {label: results[other] for label, other in references.items()})
     print_table(rows, args.draws)
     if args.figure:
         levels = {"raw pixels": "raw pixels", "random teacher": f"teacher of {args.runs[0]}"}

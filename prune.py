@@ -142,10 +142,8 @@ def main(argv=None):
         check_same(args.out, checkpoint["config"], config, FREE | {"distilled"})
     stats, per_epoch = channel_stats(data.train_x), math.ceil(len(data.train_y) / args.batch_size)
 
-    network = classifier(encoder, ARCHS[distilled["arch"]][1], len(data.classes),
-                         args.seed).train().to(device)
-    optimizer = torch.optim.SGD(network.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    network, optimizer, scaler = classifier(encoder, ARCHS[distilled["arch"]][1],
+                                            len(data.classes), args, device)
     trained = {"network": network, "optimizer": optimizer, "scaler": scaler}  # what a step changes
     weights = prunable(network, args.prune_all)
     total = sum(w.numel() for w in weights.values())
