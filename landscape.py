@@ -89,7 +89,7 @@ def error_along_line(a, b, ts, error):
 
 def barrier(errors):
     """Highest error on a line minus the mean of its ends, in the unit of `errors` (..., points)."""
-    return errors.max(-1) - (errors[..., 0] + errors[..., -1]) / 2
+    return errors.max(-1) - errors[..., [0, -1]].mean(-1)
 
 
 def summary(errors):
@@ -139,7 +139,7 @@ def save_npz(path, config, arrays):
 def read_npz(path):
     """(config dict, {name: array}) of a file that plane or connect wrote. Raises Problem."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path) as file:
             arrays = dict(file)
             return json.loads(str(arrays.pop("config"))), arrays
     except Exception as error:  # numpy and zipfile have many
@@ -421,7 +421,7 @@ def plot(argv):
     are_planes = {"kl" in arrays for _, arrays in files.values()}
     if len(are_planes) > 1:
         raise Problem("planes and lines do not go into one picture: plot them apart")
-    figure = draw_planes(files, args) if are_planes == {True} else draw_lines(files)
+    figure = draw_planes(files, args) if True in are_planes else draw_lines(files)
     save_figure(figure, args.figure or args.files[0].with_suffix(".png"))
 
 

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,21 @@ def curve(out):
         return [
             {**row, "seconds": 0, "images_per_s": 0} for row in csv.DictReader(file)
         ]
+
+
+@contextmanager
+def killed_at(call, module, name):
+    """Inside, this call of a module's function, from 1, ends everything, as a kill would."""
+    real, calls = getattr(module, name), itertools.count(1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(
+            module,
+            name,
+            lambda *args, **options: (
+                real(*args, **options) if next(calls) != call else 1 / 0
+            )
+        )
+        yield
 
 
 def same(a, b):
@@ -637,19 +653,11 @@ def test_resume_is_bit_identical_and_run_json_tells_what_was_done(
         )
 
 
-def test_a_run_killed_before_it_writes_its_log_goes_on_to_the_same(
-    folder, here, monkeypatch
-):
-    options, write = "--steps 2 --log-every 1 --init-eps inf", distill.write_csv
+def test_a_run_killed_before_it_writes_its_log_goes_on_to_the_same(folder, here):
+    options = "--steps 2 --log-every 1 --init-eps inf"
     whole = run(folder, options)
-    for out, fatal, step in (("b", 1, 0), ("c", 3, 2)):
-        calls = itertools.count(1)
-        monkeypatch.setattr(
-            distill,
-            "write_csv",
-            lambda *args: write(*args) if next(calls) != fatal else 1 / 0
-        )
-        with pytest.raises(ZeroDivisionError):
+    for out, call, step in (("b", 1, 0), ("c", 3, 2)):
+        with killed_at(call, distill, "write_csv"):
             run(folder, options, out)
         assert distill.read_checkpoint(Path(out))["step"] == step
         resumed = run(folder, f"{options} --resume", out)
@@ -1158,25 +1166,11 @@ def test_a_round_that_prunes_nothing_repeats_the_first_and_it_learns(pair, here)
 @pytest.mark.parametrize(
     "function, call", [("save_checkpoint", 2), ("write_csv", 2), ("apply_mask", 18)]
 )
-def test_a_killed_curve_goes_on_to_the_same_numbers(
-    pair, here, monkeypatch, function, call
-):
+def test_a_killed_curve_goes_on_to_the_same_numbers(pair, here, function, call):
     options = "--rewind-epoch 1"
-    whole, calls, real = (
-        prune_run(pair, "a", options),
-        itertools.count(1),
-        getattr(prune, function)
-    )
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            prune,
-            function,
-            lambda *args, **content: (
-                real(*args, **content) if next(calls) != call else 1 / 0
-            )
-        )
-        with pytest.raises(ZeroDivisionError):
-            prune_run(pair, "b", options)
+    whole = prune_run(pair, "a", options)
+    with killed_at(call, prune, function):
+        prune_run(pair, "b", options)
     resumed = prune_run(pair, "b", f"{options} --resume")
     assert curve("b") == curve("a") and same(whole["network"], resumed["network"])
 
@@ -1308,17 +1302,10 @@ def test_anchors_have_their_own_loss_exactly(folder, pair, here, options):
     assert arrays["norm"][1] == pytest.approx(theta.norm().item())
 
 
-def test_a_killed_plane_goes_on_to_the_same_file(pair, here, monkeypatch):
+def test_a_killed_plane_goes_on_to_the_same_file(pair, here):
     _, whole = lay(pair, "whole.npz")
-    place, count = landscape.place, itertools.count()
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            landscape,
-            "place",
-            lambda *args: place(*args) if next(count) != 9 else 1 / 0
-        )
-        with pytest.raises(ZeroDivisionError):
-            lay(pair, "a.npz")
+    with killed_at(11, landscape, "place"):
+        lay(pair, "a.npz")
     problem(landscape.main, "plot a.npz", "9 of 12 points", "--resume")
     for options, says in (
         ("", "a.npz exists"),
@@ -1378,7 +1365,7 @@ def test_copies_differ_in_the_order_of_the_data_alone(folder, pair, here, monkey
     teacher, student, _ = distill.load_checkpoint(pair / "near")
     args = landscape.connect_args(["near", "--seed", "0", "--lr", "1"])
     for i, encoder in enumerate((student, teacher)):
-        network, *_ = distill.classifier(encoder, 64, 3, args, torch.device("cpu"))
+        network, *_ = distill.classifier(encoder, 64, 3, args, CPU)
         first, second = starts[2 * i : 2 * i + 2]
         assert same(first, second) and same(first, network.state_dict())
         assert not same(*copies[2 * i : 2 * i + 2])
@@ -1394,20 +1381,13 @@ def test_copies_differ_in_the_order_of_the_data_alone(folder, pair, here, monkey
         assert error == pytest.approx(100 - own)
 
 
-@pytest.mark.parametrize("saves", [1, 3])
-def test_a_killed_connect_goes_on_to_the_same_numbers(pair, here, monkeypatch, saves):
+@pytest.mark.parametrize(
+    "function, call", [("save_checkpoint", 2), ("error_along_line", 2)]
+)
+def test_a_killed_connect_goes_on_to_the_same_numbers(pair, here, function, call):
     whole, copies = join("whole", pair)
-    save, count = landscape.save_checkpoint, itertools.count(1)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            landscape,
-            "save_checkpoint",
-            lambda *args, **content: (
-                save(*args, **content) if next(count) <= saves else 1 / 0
-            )
-        )
-        with pytest.raises(ZeroDivisionError):
-            join("a", pair)
+    with killed_at(call, landscape, function):
+        join("a", pair)
     for options, says in (
         ("", "--resume"),
         ("--resume --epochs 4", "--epochs 3, not 4")

@@ -8,7 +8,7 @@ called; here they are joined, judged and drawn. Directories have the names that 
 gives them, such as paper/fig10-m256-seed0. Read are run.json and log.csv of distill.py, the .json
 files of probe.py, config.json and log.csv of prune.py, and landscape.py's .npz; never a checkpoint.
 """
-import csv, json, math, os, re
+import csv, math, os, re
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,6 +16,8 @@ from statistics import mean, stdev
 import numpy as np
 
 from distill import PROBES, Problem, make_parser, read_json, run_cli, write_atomically
+from landscape import read_npz
+from probe import mean_std
 
 PAGE = """\
 # Report
@@ -120,13 +122,9 @@ def read_run(file):
 
 
 def read_landscape(file):
-    """The same of a file of landscape.py, where a point that is not measured yet is NaN."""
-    try:
-        with np.load(file) as arrays:
-            landscape = json.loads(str(arrays["config"])) | dict(arrays)
-    except Exception:  # numpy has many ways to say that a file is broken
-        raise Problem(f"{file} is truncated or not landscape.py's: delete it and make it again")
-    return landscape, np.isnan(landscape.get("kl", 0)).sum()
+    """The same of a file of landscape.py."""
+    config, arrays = read_npz(file)
+    return config | arrays, len(arrays.get("points", ())) - len(arrays.get("kl", ()))
 
 
 READERS = {
@@ -179,12 +177,6 @@ def deviation(numbers):
     return stdev(numbers) if len(numbers) > 1 else 0
 
 
-def mean_std(numbers):
-    """12.34 ± 0.56 as text, without the deviation for a single number; nothing for none."""
-    spread = f" ± {stdev(numbers):.2f}" if len(numbers) > 1 else ""
-    return f"{mean(numbers):.2f}{spread}" if numbers else ""
-
-
 def compare(row, group, teachers_off):
     """Cells beside a number of paper.csv: luckiest, honest, difference, verdict and converged.
 
@@ -199,9 +191,9 @@ def compare(row, group, teachers_off):
     verdict = "higher" if difference > 0 else "lower"
     if abs(difference) <= max(2, 2 * deviation(ours)):
         verdict = "agrees"
-    converged = values(group, "end", "linear_converged") if row["probe"] != "knn" else []
+    converged = "" if row["probe"] == "knn" else mean_std(values(group, "end", "linear_converged"))
     return (f"{mean_std(ours)} ({len(ours)})", mean_std(end), f"{difference:+.2f}", verdict,
-            mean_std(converged))
+            converged)
 
 
 ORIGIN = {  # what a note says of a result that has such a setting
