@@ -924,7 +924,7 @@ def add_common_options(add, amp="auto"):
     """The options that all scripts share."""
     add("--device", "auto: cuda where there is one", "auto", choices=("auto", "cpu", "cuda"))
     add("--amp", "16-bit encoder; auto: where the hardware is fast at it and the encoder has batch "
-        "norm", amp, choices=("auto", "bf16", "fp16", "off"))
+        "norm", amp, choices=dict.fromkeys((amp, "bf16", "fp16", "off")))
     add("--resume", "go on with what an interrupted call left, to the same numbers", False,
         action="store_true")
     add("--data-dir", "where downloads go", "data")

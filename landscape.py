@@ -35,7 +35,7 @@ from distill import (
 from probe import linear_probe, linear_probe_converged, mean_std
 
 RANGE = {"nargs": 2, "metavar": ("LOW", "HIGH")}  # of an option that wants two numbers
-FREE = MAY_CHANGE - {"epochs"} | {"a", "b", "run", "made"}  # what may change on --resume
+FREE = (MAY_CHANGE - {"epochs"}) | {"a", "b", "run", "made"}  # what may change on --resume
 
 
 # ---- Geometry: planes and lines in weight space --------------------------------------------------
@@ -117,8 +117,7 @@ def load_shuffled(args, distilled, n, device):
     """n training images of args.dataset, their labels, args.n_test test images, their labels, and
     the number of classes.
     """
-    data = load_data(args.dataset, distilled["image_size"], args.data_dir, args.mirror,
-                     device=device)
+    data = load_data(args.dataset, distilled["image_size"], args.data_dir, args.mirror, n, device)
     return (*labelled_subset(data.train_x, data.train_y, n),
             *labelled_subset(data.test_x, data.test_y, min(args.n_test, len(data.test_y))),
             len(data.classes))
@@ -154,13 +153,13 @@ QUANTITIES = {"kl": "KL to the teacher (nats)", "linear_paper": "linear probe, p
 
 
 def locality(eps):
-    """The paper's α = ε/(1+ε), in two digits; 1e-10 is its "α ≈ 0"."""
+    """The paper's α = ε/(1+ε), in two decimals; 1e-10 is its "α ≈ 0"."""
     return f"{round(1 - 1 / (1 + eps), 2):g}"
 
 
 def anchors_of(args):
-    """(teacher, {name: Network} of the three anchors, config of run A). Raises Problem if the runs
-    do not fit.
+    """(names and Networks of the three anchors, first the teacher, config of run A). Raises Problem
+    if the runs do not fit.
     """
     teacher, student, config = load_networks(args.a)
     alpha, settings = locality(config["init_eps"]), {key: config[key] for key in SETTINGS}
@@ -170,11 +169,16 @@ def anchors_of(args):
         if fingerprint(teacher) != fingerprint(teacher_b):
             raise Problem(f"{args.a} and {args.b} have different teachers: a shared view wants "
                           "runs with the same --seed")
-        return teacher, {"θ_T": teacher, f"θ*_S({alpha})": student,
-                         f"θ*_S({locality(config_b['init_eps'])})": student_b}, config
+        names = "θ_T", f"θ*_S({alpha})", f"θ*_S({locality(config_b['init_eps'])})"
+        return names, (teacher, student, student_b), config
     start = init_student(teacher, random_network(2 * config["seed"] + 1, **settings),
                          config["init_eps"])
-    return teacher, {"θ_T": teacher, f"θ_S({alpha})": start, f"θ*_S({alpha})": student}, config
+    return ("θ_T", f"θ_S({alpha})", f"θ*_S({alpha})"), (teacher, start, student), config
+
+
+def folder(run):
+    """The directory of a run that is named by it, or by a checkpoint in it."""
+    return run.parent if run.is_file() else run
 
 
 def plane_args(argv):
@@ -206,11 +210,6 @@ def plane_args(argv):
     return args
 
 
-def folder(run):
-    """The directory of a run that is named by it, or by a checkpoint in it."""
-    return run.parent if run.is_file() else run
-
-
 def plane(argv):
     """Measure a plane through the teacher and two other points of weight space, to a .npz file
     (Fig. 5, 13-16).
@@ -220,11 +219,12 @@ def plane(argv):
 
     A point of the plane has weights, but no batch-norm statistics of its own, and those of an
     anchor would normalise by the wrong mean and variance anywhere else. So at every point each
-    batch is normalised by its own statistics, as in the student's training.
+    batch is normalised by its own statistics, as in the student's training. (So with batch norm the
+    KL at θ_T is not 0: the teacher it is measured from is in eval mode.)
     """
     args = plane_args(argv)
     device = pick_device(args.device)
-    teacher, networks, distilled = anchors_of(args)
+    names, networks, distilled = anchors_of(args)
     args.dataset = args.dataset or distilled["dataset"]
     args.amp = pick_amp(args.amp, device, distilled["arch"], distilled["norm"])
 
@@ -239,11 +239,11 @@ def plane(argv):
         for part in (images, test_x))
 
     # The plane: the anchors, and then a grid that reaches well beyond them
-    teacher.to(device).eval()
+    teacher = networks[0].to(device).eval()
     network = deepcopy(teacher).requires_grad_(False).train()  # its weights go from point to point
     *anchors, parameters = (
         list((net.encoder if args.encoder_only else net).to(device).parameters())
-        for net in (*networks.values(), network))
+        for net in (*networks, network))
     theta = torch.stack([flat(anchor) for anchor in anchors])
     origin, basis = plane_basis(theta, args.axes)
     corners = coordinates(theta, origin, basis)
@@ -253,16 +253,18 @@ def plane(argv):
             for limits, centre in zip((args.x, args.y), middle))
     grid = np.stack(np.meshgrid(x, y), axis=2).reshape(-1, 2)
     arrays = {"x": x, "y": y, "points": np.concatenate([corners, grid]),
-              "anchors": np.array([*networks]),
+              "anchors": np.array(names),
               **dict.fromkeys(("norm", *QUANTITIES), np.empty(0))}
-    config = full_config(args, images, test_x, networks.values(), distilled, device)
+    config = full_config(args, images, test_x, networks, distilled, device)
     if args.out.exists():
         if not args.resume:
             raise Problem(f"{args.out} exists: add --resume to go on with it, or name another file "
                           "with --out")
         begun_with, arrays = read_npz(args.out)
         check_same(args.out, begun_with, config, FREE)
-    save_npz(args.out, config, arrays)  # if it cannot be written, say so now
+        config["made"] = [*np.ravel(begun_with["made"]), config["made"]]
+    else:
+        save_npz(args.out, config, arrays)  # if it cannot be written, say so now
     say(f"{distilled['arch']}{progress(distilled)} on {args.dataset}: {args.grid} x {args.grid} "
         f"points, KL and probes on {len(images):,} images, scored on {len(test_x):,}, "
         f"m={distilled['out_dim']:,}, {device.type}, amp {args.amp} -> {args.out}")
@@ -301,7 +303,7 @@ def plane(argv):
     for i in range(len(arrays["kl"]), total):
         for name, value in measure(i).items():
             arrays[name] = np.append(arrays[name], value)
-        if i % args.grid == 2:  # the anchors, and then each row of the grid
+        if i % args.grid == 2:  # at the three anchors, and then at each row of the grid
             save_npz(args.out, config, arrays)
             say(f"{i + 1:7d} of {total} points, {time.time() - clock:.0f} s")
     for i, name in enumerate(arrays["anchors"]):
@@ -314,9 +316,6 @@ def plane(argv):
 # ---- connect -------------------------------------------------------------------------------------
 
 INITS = "distilled student", "random init"
-# for batch norm's statistics at a point: ResNet's last, smallest maps still give 30,000 values a
-# channel
-BN_IMAGES = 2000
 
 
 def connect_args(argv):
@@ -382,7 +381,9 @@ def connect(argv):
         say(f"{init}, copy {copy}: test error {100 - accuracy:.2f} %")
 
     between, *_ = new_classifier(student)  # its weights go along the lines
-    bn_batches = [normalise(x, stats) for x in images[:BN_IMAGES].split(500)]
+    # For batch norm's statistics at a point: 2,000 images give 32,000 values a channel even in the
+    # 4×4 maps of ResNet18's end. Batches of one size, so that all images count alike
+    bn_batches = [normalise(x, stats) for x in images[:2000].tensor_split(4)]
 
     def error(state):
         """Test error in % with batch norm's statistics of this very state."""
@@ -395,7 +396,7 @@ def connect(argv):
     errors = np.array([[error_along_line(copies[i + a], copies[i + b], ts, error)
                         for a, b in pairs] for i in (0, args.copies)])
     save_npz(npz, config,
-             {"t": ts, "pairs": np.array(pairs), "error": errors, "barrier": barrier(errors)})
+             {"t": ts, "error": errors})
     for init, lines in zip(INITS, errors):
         say(f"{init}: {summary(lines)}")
     say(f"{npz} is complete; to see it: python landscape.py plot {npz}")
@@ -478,10 +479,11 @@ def draw_lines(files):
     """Test error between fine-tuned copies: every pair a thin line, their mean a thick one (Fig.
     9).
     """
-    (first, (config, arrays)), *others = files.items()
-    for path, (other, _) in others:
-        alike = ("points", "epochs", "lr", "batch_size", "dataset", "n_images")
-        check_same(f"{first} to {path}", config, {key: other[key] for key in alike}, ())
+    kinds = {(describe(config), config["lr"], config["points"], config["distilled"]["init_eps"])
+             for config, _ in files.values()}
+    if len(kinds) > 1:
+        raise Problem(f"these lines are of different experiments: plot them apart, {sorted(kinds)}")
+    config, arrays = files[min(files)]
     figure, axes = new_figure(1, 2, figsize=(7, 3.6), sharey=True)
     for start, (axis, title) in enumerate(zip(axes, INITS)):
         errors = np.concatenate([lines["error"][start] for _, lines in files.values()])

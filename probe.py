@@ -12,6 +12,7 @@ neighbours.
 """
 import csv
 import itertools
+import math
 import re
 import statistics
 from copy import deepcopy
@@ -32,7 +33,7 @@ from distill import (
 # ---- The probes ----------------------------------------------------------------------------------
 
 def accuracy(logits, labels):
-    """Share of logits (..., n, classes) whose largest is that of the labels (n,), in % (...)."""
+    """% of the n rows of logits (..., n, classes) whose argmax is their label (n,), as (...)."""
     return 100 * (logits.argmax(-1) == labels).double().mean(-1)
 
 
@@ -140,8 +141,9 @@ def calibrated(encoder, images, stats, n=5000):
     and variance 1: is that all the difference?
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n]
-    encoder = deepcopy(encoder)
-    update_bn((normalise(x, stats) for x in images[order.to(images.device)].split(500)), encoder)
+    chosen, encoder = images[order.to(images.device)], deepcopy(encoder)
+    batches = chosen.tensor_split(math.ceil(len(chosen) / 500))  # of one size: all count alike
+    update_bn((normalise(x, stats) for x in batches), encoder)
     return encoder
 
 
@@ -179,15 +181,15 @@ def mean_std(values):
 
 
 def print_table(rows, draws):
-    """Print {(label, ...): {weights: (probes in %, {what it is compared with: probes})}}, a
-    row each and one for each comparison, as mean ± std over seeds.
+    """Print {(label, alike): {weights: (probes in %, {what it is compared with: probes})}}, a row
+    each and one for each comparison, as mean ± std over seeds.
     """
     def line(label, cells):
         say(f"{label:34}" + "".join(f"{cell:>22}" for cell in cells))
 
     say()
     line("accuracy in %", COLUMNS.values())
-    for (label, *_), row in rows.items():
+    for (label, _), row in rows.items():
         results = list(row.values())
         seeds = f" ({len(results)} seeds)" if len(results) > 1 else ""
         line(label + seeds, [mean_std([probes[key] for probes, _ in results]) for key in COLUMNS])
@@ -245,32 +247,36 @@ def parse_args(argv=None):
 
 
 def encoders_of(args, runs, image_size, data):
-    """Yield (row of the table, name, encoder, {what it is compared with: name}) of all to probe."""
-    def controls(row, name, encoder):
+    """Yield (label, alike, name, encoder, {what it is compared with: name}) of all to be probed.
+
+    What agrees in label and in `alike`, a text, differs in its seed alone, and shares a row.
+    """
+    def controls(label, alike, name, encoder):
         """A random teacher, and the same with calibrated batch norm, if it has any."""
-        yield (row,), name, encoder, {}
+        yield label, alike, name, encoder, {}
         if any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules()):
             copy = calibrated(encoder.to(data.train_x.device), data.train_x,
                               channel_stats(data.train_x))
-            yield (f"{row}, calibrated",), f"{name}, calibrated", copy, {"teacher": name}
+            yield f"{label}, calibrated", alike, f"{name}, calibrated", copy, {"teacher": name}
 
-    yield ("raw pixels",), "raw pixels", nn.Flatten(), {}
+    yield "raw pixels", "", "raw pixels", nn.Flatten(), {}
     for arch, seed in itertools.product(args.teacher, args.seeds):
         encoder = random_network(2 * seed, arch, 1, image_size).encoder
-        yield from controls(f"teacher {arch}", f"teacher {arch} seed {seed}", encoder)
+        yield from controls(f"teacher {arch}", "", f"teacher {arch} seed {seed}", encoder)
     for path, (teacher, student, config) in runs.items():
+        run = re.sub("-?seed[0-9]+$", "", path.name)
+        label = f"teacher of {run}" if config["teacher"] else f"teacher {config['arch']}"
         references = {"teacher": f"teacher of {path}"}
-        yield from controls(f"teacher {config['arch']}", references["teacher"], teacher)
-        # what the runs of a row have in common: all but their seeds
+        yield from controls(label, config["norm"], references["teacher"], teacher)
         alike = str({**config, **dict.fromkeys((*MAY_CHANGE, "seed"))})
-        row = re.sub("-?seed[0-9]+$", "", path.name)
+        alike = re.sub("seed[0-9]+", "", alike)  # also in the path of another run, --teacher
         if config["init_eps"] > 0:
             shape = (config["arch"], 1, config["image_size"], config["norm"])
             start = random_network(2 * config["seed"] + 1, *shape).encoder.to(data.train_x.device)
             init_student(teacher, start, config["init_eps"])
-            yield (f"start of {row}", alike), f"start of {path}", start, references
+            yield f"start of {run}", alike, f"start of {path}", start, references
             references = references | {"start": f"start of {path}"}
-        yield (f"student {row}{progress(config)}", alike), f"student {path}", student, references
+        yield f"student {run}{progress(config)}", alike, f"student {path}", student, references
 
 
 def main(argv=None):
@@ -283,25 +289,28 @@ def main(argv=None):
         write_json(args.json, results)  # if it cannot be written, say so now
     device = pick_device(args.device)
     runs = {path: load_checkpoint(path, device) for path in args.runs}
-    used = {(args.dataset or config["probe_dataset"] or config["dataset"], config["image_size"])
-            for *_, config in runs.values()} or {(args.dataset, 32)}
+    logged = [config["probe_dataset"] or config["dataset"] for *_, config in runs.values()]
+    used = {(args.dataset or own, config["image_size"])
+            for own, (*_, config) in zip(logged, runs.values())} or {(args.dataset, 32)}
     if len(used) > 1:
-        raise Problem(f"these runs use different data, {sorted(used)}: name one with --dataset, or "
-                      "probe them apart")
+        raise Problem(f"these runs use data of different kinds or sizes, {sorted(used)}: probe "
+                      "them apart, or name one kind with --dataset")
     (dataset, image_size), = used
+    if args.figure and {dataset} != {*logged}:
+        raise Problem(f"--figure draws what the runs' logs hold, and that is not of {dataset}")
     data = load_data(dataset, image_size, args.data_dir, args.mirror, device=device)
     if len(data.test_y) == 0:
         raise Problem(f"{dataset} has no labels to probe: name a labelled data set with --dataset")
-    about = {"dataset": dataset, "train_images": len(data.train_y),
+    about = {"dataset": dataset, "image_size": image_size, "train_images": len(data.train_y),
              "test_images": len(data.test_y), "amp": args.amp, "draws": args.draws}
     say(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, "
         f"{len(data.classes)} classes, {device.type}")
     if not all(isinstance(known, dict) and about.items() <= known.items()
                for known in results.values()):
-        raise Problem(f"{args.json} was measured on other data than {dataset}, or with other --amp "
-                      "or --draws: name another file")
+        raise Problem(f"{args.json} was measured on other data than {dataset}, with other --amp or "
+                      "--draws, or by an older probe.py: name another file")
     measured, rows = {known["weights"]: known for known in results.values()}, {}
-    for row, name, encoder, references in encoders_of(args, runs, image_size, data):
+    for *row, name, encoder, references in encoders_of(args, runs, image_size, data):
         weights = fingerprint(encoder)[:12]
         if weights not in measured:  # not yet; a teacher that runs share is probed once
             probes = evaluate(encoder.to(device), data, range(args.draws), args.amp)
@@ -311,7 +320,7 @@ def main(argv=None):
             write_json(args.json, results)
         say(f"  {name}: " + ", ".join(f"{title} {results[name][probe]:.2f}"
                                       for probe, title in PROBES.items()))
-        rows.setdefault(row, {})[weights] = (
+        rows.setdefault(tuple(row), {})[weights] = (
             results[name], {label: results[other] for label, other in references.items()})
     print_table(rows, args.draws)
     if args.figure:

@@ -17,6 +17,7 @@ distilled student is such a point already.
 import copy
 import csv
 import math
+import re
 import sys
 import time
 from datetime import timedelta
@@ -40,9 +41,8 @@ from distill import (
 # dict no longer fits the encoder. Here the network stays as it is.
 
 def prunable(network, everything=False):
-    """{name: parameter} of what may be pruned: weights of convolutions and linear layers, or all.
-
-    The released code prunes every parameter, also biases and norms.
+    """{name: parameter} of what may be pruned: weights of convolutions and of linear layers, the
+    classifier's too, or all parameters, as the released code does.
     """
     return {name: p for name, p in network.named_parameters() if everything or p.dim() in (2, 4)}
 
@@ -61,12 +61,12 @@ def magnitude_mask(weights, mask, keep):
     return {name: layer.view(w.shape) for (name, w), layer in zip(weights.items(), layers)}
 
 
-def random_mask(mask, ticket, seed):
-    """As many survivors in each layer as the mask `ticket` has, but any of those that `mask` has
-    left: the control.
+def random_mask(mask, by_magnitude, seed):
+    """As many survivors in each layer as the mask `by_magnitude` has, but any of those that `mask`
+    has left: the control. (Its layers follow its own training, not the ticket's.)
     """
     generator, result = torch.Generator().manual_seed(seed), {}
-    for name, m in ticket.items():
+    for name, m in by_magnitude.items():
         scores = {name: torch.rand(m.shape, generator=generator).to(m.device)}
         result |= magnitude_mask(scores, {name: mask[name]}, m.sum())
     return result
@@ -81,9 +81,9 @@ def apply_mask(weights, mask):
 
 # ---- Main: train, prune, rewind ------------------------------------------------------------------
 
-# accuracies in %, the best over all epochs' ends
+# accuracies in % of the test images; the best over all epochs' ends, as the paper has it
 LOG_COLUMNS = ("round", "weights_left", "best_accuracy", "final_accuracy", "seconds")
-FREE = MAY_CHANGE - {"epochs"} | {"run", "rounds"}  # what may change on --resume
+FREE = (MAY_CHANGE - {"epochs"}) | {"run", "rounds"}  # what may change on --resume
 
 
 def parse_args(argv=None):
@@ -111,10 +111,8 @@ def parse_args(argv=None):
         parser.error(f"--rewind-epoch {args.rewind_epoch} is beyond the run: it must be less than "
                      f"--epochs {args.epochs}")
     folder = args.run.parent if args.run.is_file() else args.run
-    everything = "-all" * args.prune_all
-    args.out = args.out or folder / f"prune-{args.init}-rewind{args.rewind_epoch}{everything}"
-    if args.control:
-        args.out = args.out.with_name(f"{args.out.name}-control")
+    extra = "-all" * args.prune_all + "-control" * bool(args.control)
+    args.out = args.out or folder / f"prune-{args.init}-rewind{args.rewind_epoch}{extra}"
     return args
 
 
@@ -216,36 +214,38 @@ def main(argv=None):
 # ---- The curves and their picture, from config.json and log.csv alone ----------------------------
 
 # in which repeats of a curve may differ
-REPEATS = FREE - {"steps"} | {"seed", "starting_weights", "start", "made", "distilled"}
+REPEATS = (FREE - {"steps"}) | {"seed", "starting_weights", "made", "distilled"}
 
 
 def read_curve(folder):
-    """(label, title, settings that repeats share, {weights left in %: best accuracy in %})."""
+    """(label, settings that repeats share as a text, title, {weights left in %: best accuracy in
+    %}).
+    """
     try:
         config = read_json(folder / "config.json")
         distilled = config["distilled"]
-        settings = {key: config[key] for key in config if key not in REPEATS}
-        settings["distilled"] = {key: distilled[key] for key in distilled if key not in REPEATS}
+        settings = str([{key: part[key] for key in sorted(part) if key not in REPEATS}
+                        for part in (config, distilled)])
         with open(folder / "log.csv", newline="") as file:
             curve = {float(row["weights_left"]): float(row["best_accuracy"])
                      for row in csv.DictReader(file)}
         start = "student" if config["init"] == "student" else "random init"
         control = ", random masks" if config["control"] else ""
         return (f"{start}, rewound to epoch {config['rewind_epoch']}{control}",
+                re.sub("seed[0-9]+", "", settings),  # also in the path of another run
                 f"{distilled['arch']}, {config['n_images']:,} images of "
-                f"{Path(config['dataset']).name}, {config['epochs']} epochs a round",
-                settings, curve)
+                f"{Path(config['dataset']).name}, {config['epochs']} epochs a round", curve)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise Problem(f"{folder} holds no readable curve ({error!r}): leave it out, or prune "
                       "again") from None
 
 
 def read_curves(paths):
-    """{label: list of what read_curve gives} of directories of prune.py, or with such inside.
+    """{label: list of (title, curve)} of directories of prune.py, or with such inside.
 
     Curves that differ in their seed alone share a label.
     """
-    folders, groups = {}, {}
+    folders, groups, labels = {}, {}, {}
     for path in paths:
         inside = [path] if (path / "config.json").exists() else [
             config.parent for config in path.glob("*/config.json")]
@@ -254,10 +254,11 @@ def read_curves(paths):
                           "directory of a curve")
         folders |= {folder.resolve(): folder for folder in inside}  # none of them twice
     for folder in sorted(folders.values()):
-        label, _, settings, _ = curve = read_curve(folder)
-        if label in groups and groups[label][0][2] != settings:
-            label += f" ({folder})"
-        groups.setdefault(label, []).append(curve)
+        label, settings, *curve = read_curve(folder)
+        if (label, settings) not in labels:
+            other = label in groups  # a name that an experiment with other settings has
+            labels[label, settings] = f"{label} ({folder})" if other else label
+        groups.setdefault(labels[label, settings], []).append(curve)
     return dict(sorted(groups.items(), key=lambda group: (group[0][0] == "r", group[0])))
 
 
@@ -272,7 +273,7 @@ def plot(argv):
     say("best epoch's test accuracy in %")
     for column, (label, group) in enumerate(groups.items(), 1):
         say(f"  [{column}] {label} (n={len(group)})")
-        _, group_titles, _, curves = zip(*group)
+        group_titles, curves = zip(*group)
         left = sorted(set.intersection(*map(set, curves)))  # the rounds that all repeats have
         accuracies = np.array([[curve[x] for x in left] for curve in curves])
         std = accuracies.std(0, ddof=min(1, len(curves) - 1))

@@ -879,6 +879,7 @@ def test_probe_table_json_figure_and_resume(folder, here, capsys, monkeypatch):
     Image.open("f.png")
     problem(probe.main, command, "t.json exists", "--resume")
     shutil.copytree(folder, "other")
+    problem(probe.main, "s-seed0 --figure f.png --dataset other", "logs", "not of other")
     for change in ("--amp bf16", "--dataset other", "--draws 4"):
         problem(probe.main, f"{command} --resume {change}", "other data", "--amp")
     run(
@@ -918,6 +919,7 @@ def test_unfinished_runs_are_named_and_not_averaged(folder, here, capsys):
         ("distill --arch vit-base-p8 --image-size 36", "patch size, 8"),
         ("probe", "name one or more"),
         ("probe a --figure a.txt", ".png"),
+        ("probe a --amp auto", "invalid choice: 'auto'"),
         ("prune a --rewind-epoch 3 --epochs 3", "--rewind-epoch 3 is beyond"),
         ("landscape", "command"),
         ("landscape plane a --x nan 1", "at least")
@@ -1041,9 +1043,7 @@ def prune_run(pair, out, options=""):
         f"{pair}/near --epochs 3 --batch-size 16 --rounds 2 {FLOAT32} --out {out} "
         f"{options}".split()
     )
-    return distill.read_checkpoint(
-        Path(out + "-control" * ("control" in options)), "prune.py"
-    )
+    return distill.read_checkpoint(Path(out), "prune.py")
 
 
 def test_augment_flips_and_crops_whole_images():
@@ -1204,8 +1204,9 @@ def test_plot_draws_means_over_seeds_from_the_logs_alone(pair, here, capsys):
         ("0/prune-b", {"init": "random"}, (60, 40)),
         ("1/prune-a", {"seed": 1, "run": "1"}, (62, 54, 44)),  # one round more
         ("0/prune-a-control", {"control": "random"}, (60, 30)),
-        ("2/prune-a", {"seed": 2, "epochs": 9}, (70, 71))
-    ):  # another experiment
+        ("2/prune-a", {"seed": 2, "epochs": 9}, (70, 71)),  # another experiment
+        ("3/prune-a", {"seed": 3, "epochs": 9}, (70, 71))
+    ):
         distill.write_json(Path(out, "config.json"), {**config, **settings})
         rows = [
             {"round": i, "weights_left": 100 * 0.8**i, "best_accuracy": accuracy}
@@ -1213,12 +1214,12 @@ def test_plot_draws_means_over_seeds_from_the_logs_alone(pair, here, capsys):
         ]
         distill.write_csv(Path(out, "log.csv"), prune.LOG_COLUMNS, rows)
     capsys.readouterr()
-    prune.main("plot 0 1/prune-a 1 2 --figure f.png".split())  # one twice
+    prune.main("plot 0 1/prune-a 1 2 3 --figure f.png".split())  # one twice
     Image.open("f.png")
     assert capsys.readouterr().out.startswith("""\
 best epoch's test accuracy in %
   [1] student, rewound to epoch 0 (n=2)
-  [2] student, rewound to epoch 0 (2/prune-a) (n=1)
+  [2] student, rewound to epoch 0 (2/prune-a) (n=2)
   [3] student, rewound to epoch 0, random masks (n=1)
   [4] random init, rewound to epoch 0 (n=1)
 weights left (%)             [1]             [2]             [3]             [4]
@@ -1418,6 +1419,7 @@ def test_the_npz_redraws_and_bad_input_is_refused(folder, pair, here):
     for words, says in (
         (f"plane {near}", "no plane"),  # at ε = 0 it starts there
         (f"plane {near} other", "different teachers"),
+        (f"plane {near} {near}", "no plane"),
         (f"plane {near} smaller", "--out-dim"),
         ("plot cut.npz", "cut.npz is no whole file"),
         ("plot none.npz", "none.npz is no whole file"),
@@ -1696,7 +1698,8 @@ def test_claims_on_landscapes_and_the_kl(far, shows):
         == shows
     )
     assert (
-        report.students_share_a_basin([{"barrier": np.array([[1], [far]])}])[1] == shows
+        report.students_share_a_basin([{"error": np.array([[[0, 1, 0]], [[0, far, 0]]])}])[1]
+        == shows
     )
     rows = [{"epoch": 0}, {"epoch": 1, "kl": far}, {"epoch": 10, "kl": 1}]
     assert report.kl_peaks_early([{"end": {"distance": 20}, "rows": rows}])[1] == shows

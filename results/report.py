@@ -16,7 +16,7 @@ from statistics import mean, stdev
 import numpy as np
 
 from distill import PROBES, Problem, make_parser, read_json, run_cli, write_atomically
-from landscape import read_npz
+from landscape import barrier, read_npz
 from probe import mean_std
 
 PAGE = """\
@@ -268,7 +268,7 @@ def student_is_a_ticket(*groups):
 
 def students_share_a_basin(lines):
     """The barrier between fine-tuned students is less than half of that between random inits."""
-    student, random = np.hstack([line["barrier"] for line in lines]).mean(axis=1)
+    student, random = np.hstack([barrier(line["error"]) for line in lines]).mean(axis=1)
     return (f"barrier {student:.2f} points between students, {random:.2f} between random inits",
             student < random / 2)
 
