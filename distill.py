@@ -1067,7 +1067,7 @@ def give_advice(args, log, constant_kl):
     elif (args.loss != "mse" and on_plateau(log, constant_kl)
           and not on_plateau(log[:-1], constant_kl)):
         say("for 200 steps the KL has been that of a student with the same answer for every image; "
-            "it may stay so for long, and --warmup 200 may avoid it (README, \"VGG's plateau\")")
+            "it may stay so for long; --warmup 200 has avoided it (README, \"VGG's plateau\")")
 
 
 def catch_signals():
