@@ -194,10 +194,10 @@ def print_table(rows, draws):
         seeds = f" ({len(results)} seeds)" if len(results) > 1 else ""
         line(label + seeds, [mean_std([probes[key] for probes, _ in results]) for key in COLUMNS])
         for reference in results[0][1]:
-            gains = [{key: probes[key] - references[reference][key] for key in COLUMNS}
-                     for probes, references in results]
-            line(f"  gain over its {reference}",
-                 [f"{statistics.mean(gain[key] for gain in gains):+.2f}" for key in COLUMNS])
+            gains = [statistics.mean(probes[key] - references[reference][key]
+                                     for probes, references in results)
+                     for key in COLUMNS]
+            line(f"  gain over its {reference}", [f"{gain:+.2f}" for gain in gains])
     say(f"linear (paper) is the mean of {draws} draws of its initial weights and order of images; "
         "the paper's tables\nshow the luckiest of 100 to 150: hold that column beside them. "
         "±: between seeds")
@@ -281,12 +281,16 @@ def encoders_of(args, runs, image_size, data):
 
 def main(argv=None):
     args = parse_args(argv)
+
+    # What an earlier call has left
     results = read_json(args.json) if args.json and args.json.exists() else {}
     if results and not args.resume:
         raise Problem(f"{args.json} exists: add --resume to go on with it, or name another file "
                       "with --json")
     if args.json:
         write_json(args.json, results)  # if it cannot be written, say so now
+
+    # Runs, and the data that they have in common
     device = pick_device(args.device)
     runs = {path: load_checkpoint(path, device) for path in args.runs}
     logged = [config["probe_dataset"] or config["dataset"] for *_, config in runs.values()]
@@ -305,6 +309,8 @@ def main(argv=None):
              "test_images": len(data.test_y), "amp": args.amp, "draws": args.draws}
     say(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, "
         f"{len(data.classes)} classes, {device.type}")
+
+    # Probe what is not yet known, by the weights
     if not all(isinstance(known, dict) and about.items() <= known.items()
                for known in results.values()):
         raise Problem(f"{args.json} was measured on other data than {dataset}, with other --amp or "

@@ -8,14 +8,15 @@ called; here they are joined, judged and drawn. Directories have the names that 
 gives them, such as paper/fig10-m256-seed0. Read are run.json and log.csv of distill.py, the .json
 files of probe.py, config.json and log.csv of prune.py, and landscape.py's .npz; never a checkpoint.
 """
-import csv, math, os, re
+import csv, os, re
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import numpy as np
 
-from distill import PROBES, Problem, make_parser, read_json, run_cli, write_atomically
+from distill import (
+    PROBES, Problem, make_parser, new_figure, read_json, run_cli, save_figure, write_atomically)
 from landscape import barrier, read_npz
 from probe import mean_std
 
@@ -101,7 +102,9 @@ Dotted: the KL of a constant student, with the same answer for every image.
 
 {sections[pictures]}## How the numbers were made
 
-{sections[notes]}{sections[unfinished]}"""
+{sections[notes]}
+Not finished, and so left out: {sections[unfinished]}.
+"""
 
 # ---- What we have --------------------------------------------------------------------------------
 
@@ -142,9 +145,9 @@ def read_results(root):
     results, unfinished = defaultdict(dict), []
     for file in sorted(root.glob("paper/*.json")):
         for name, probes in read_json(file).items():
-            group = results[f"{file.name}: {re.sub(SEED, '', name)}"]
-            group[name] = probes | {"end": probes, "best": {
-                **probes, "linear_paper": probes["linear_paper_max"]}}
+            best = probes | {"linear_paper": probes["linear_paper_max"]}
+            results[f"{file.name}: {re.sub(SEED, '', name)}"][name] = probes | {
+                "end": probes, "best": best}
     for pattern, read in READERS.items():
         for file in sorted(root.glob(pattern)):
             name = re.sub(r"^paper/|/\w+\.json$|\.npz$", "", os.path.relpath(file, root))
@@ -158,7 +161,7 @@ def read_results(root):
 
 def values(group, when="best", column="linear_paper"):
     """A number of each result: `when` is teacher, start, first, best or end."""
-    return [result[when][column] for result in group if column in result[when]]
+    return [result[when][column] for result in group]
 
 
 def curve(group, column, x="epoch"):
@@ -174,7 +177,7 @@ def curve(group, column, x="epoch"):
 # ---- Numbers beside the paper's ------------------------------------------------------------------
 
 def deviation(numbers):
-    return stdev(numbers) if len(numbers) > 1 else 0
+    return np.std(numbers, ddof=len(numbers) > 1)
 
 
 def compare(row, group, teachers_off):
@@ -297,8 +300,7 @@ def feature_norm_matters(*groups):
 def kl_peaks_early(student):
     """The KL peaks in the first tenth, then halves; the distance from init ends at 10 to 40."""
     distance = mean(values(student, "end", "distance"))
-    # Before the first step, at epoch 0, no KL was measured
-    kl = {epoch: mean(numbers) for epoch, numbers in curve(student, "kl").items() if epoch}
+    kl = {epoch: mean(numbers) for epoch, numbers in curve(student, "kl").items()}
     peak, end = max(kl, key=kl.get), max(kl)
     return (f"highest KL {kl[peak]:.1e} at {peak / end:.0%} of the run, {kl[end]:.1e} at its end; "
             f"distance {distance:.1f}",
@@ -360,11 +362,10 @@ def draw(results, folder, figure, names, x):
             lines[match[1]][1 - 1 / (1 + number) if "α" in x else number] = group.values()
     if not lines:
         return
-    from matplotlib.figure import Figure
-    picture = Figure((13, 3.6), layout="constrained")
+    picture, axes = new_figure(1, 3, figsize=(13, 3.6))
     picture.suptitle("probes: test accuracy in %")
     columns, scores = (CURVES, [""]) if "epoch" in x else (PROBES, ["best", "teacher"])
-    for axis, y in zip(picture.subplots(1, 3), columns):
+    for axis, y in zip(axes, columns):
         for label, groups in lines.items():
             for when in scores:
                 points = curve(groups[0], y) if "epoch" in x else {
@@ -374,12 +375,12 @@ def draw(results, folder, figure, names, x):
                     positions, [*map(mean, numbers)], [*map(deviation, numbers)],
                     label=f"{label} {when}", marker=".")
                 if y == "kl":
-                    constant = [*groups[0]][0].get("constant_student_kl", math.nan)
+                    constant = [*groups[0]][0].get("constant_student_kl", np.nan)
                     axis.axhline(constant, color=line.get_color(), linestyle="dotted")
         axis.set(xlabel=x, ylabel=columns[y], xscale="log" if "log" in x else "linear",
                  yscale="log" if "log" in columns[y] else "linear")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the panels: it hides nothing
-    write_atomically(folder / figure, lambda file: picture.savefig(file, dpi=150))
+    save_figure(picture, folder / figure)
 
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -421,7 +422,7 @@ def main(argv=None):
 
     # Our small runs, beside their own teachers
     for name, group in results.items():
-        if name.startswith("mini/"):
+        if "mini/" in name:
             runs, cells = group.values(), f"{name} ({len(group)})"
             for probe in PROBES:
                 end, *origins = (values(runs, when, probe) for when in ("end", "teacher", "start"))
@@ -431,14 +432,12 @@ def main(argv=None):
 
     for note, number in notes.items():
         sections["notes"] += f"- [{number}] {note}\n"
-    if unfinished:
-        sections["unfinished"] = f"\nNot finished, and so left out: {', '.join(unfinished)}.\n"
+    sections["unfinished"] = ", ".join(unfinished) or "none"
     try:
         for figure in FIGURES:
             draw(results, args.figures, *figure)
     finally:  # the numbers come out without matplotlib, too
-        for file in sorted(sorted(args.figures.glob("*fig[0-9]*.png")),
-                           key=lambda file: int(re.sub(r"\D", "", file.stem))):
+        for file in sorted(args.figures.glob("*fig[0-9]*.png")):
             sections["pictures"] += (
                 f"**{file.stem}**\n\n![{file.stem}]({os.path.relpath(file, args.out.parent)})\n\n")
         page = PAGE.format(args=args, summary=summary, sections=sections).encode()
