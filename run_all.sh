@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything, in order. Commands, and then the variables they listen to:
 #   bash run_all.sh quick [ARGS]   the central effects on a CPU, no download, minutes; ARGS go to distill.py
-#   bash run_all.sh mini           Fig. 3 and the transfer of Table 2 at a CPU's size (hours)
+#   bash run_all.sh mini           Fig. 3, a transfer of Table 2 and VGG's plateau at a CPU's size (hours)
 #   bash run_all.sh [full]         the whole paper on the GPUs of this machine; ends with results/REPORT.md
 #   bash run_all.sh list [1|2]     its jobs, one command a line (1, 2: of one stage); list mini: those of mini
 #   bash run_all.sh data           its data sets, which full fetches first
@@ -147,8 +147,8 @@ run_job() {  # LINE: one job on one GPU, its output in a file; what fails is not
 run() {  # STAGES: all their jobs, as many at once as there are GPUs; the report; what failed
     xargs --version >/dev/null 2>&1 || fail "GNU xargs is missing; without it, run the lines of \`run_all.sh list\`"
     GPUS=${CUDA_VISIBLE_DEVICES:-$("$PY" -c 'import torch; print(*range(torch.cuda.device_count()) or [-1])')}  # -1: no
-    export PY LOGS=runs/logs SLOT=0 GPUS=${GPUS//,/ } JOBS=${JOBS:-$(wc -w <<<"${GPUS//,/ }")}
-    mkdir -p $LOGS; rm -f $LOGS/failed; for stage in "$@"; do
+    export PY LOGS=runs/logs SLOT=0 GPUS=${GPUS//,/ } JOBS=${JOBS:-$(wc -w <<<"${GPUS//,/ }")}; mkdir -p $LOGS
+    rm -f $LOGS/failed; for stage in "$@"; do [ ! -e $LOGS/failed ] || break  # stage 2 wants all students of stage 1
         echo "$(list "$stage" | wc -l) jobs of stage $stage, $JOBS at once; their output: $LOGS/"
         list "$stage" | xargs -d '\n' -n 1 -P "$JOBS" --process-slot-var=SLOT bash run_all.sh job; done
     (report) || echo "run_all.sh: error: no report" >&2

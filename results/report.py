@@ -103,7 +103,7 @@ Dotted: the KL of a constant student, with the same answer for every image.
 {sections[pictures]}## How the numbers were made
 
 {sections[notes]}
-Not finished, and so left out: {sections[unfinished]}.
+Begun but not finished, and so left out: {sections[unfinished]}.
 """
 
 # ---- What we have --------------------------------------------------------------------------------
