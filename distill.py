@@ -695,11 +695,8 @@ def provenance(device):
     hardware = f"{os.cpu_count()} cores of {processor}"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name()
-    commit = git("rev-parse", "--short", "HEAD")
-    if git("status", "--porcelain", "-uno", "--", "*.py", "run_all.sh"):
-        commit += "-dirty"
-    if not git("ls-files", Path(__file__).name):
-        commit = ""  # of somebody's own repository, in which this code lies
+    ours = git("ls-files", Path(__file__).name)  # or of a repository in which this code merely lies
+    commit = git("describe", "--always", "--dirty", "--exclude=*") if ours else ""  # no tag
     return {"hardware": hardware, "torch": str(torch.__version__), "commit": commit}
 
 

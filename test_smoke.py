@@ -1371,13 +1371,14 @@ def test_copies_differ_in_the_order_of_the_data_alone(folder, pair, here, monkey
         assert same(first, second) and same(first, network.state_dict())
         assert not same(*copies[2 * i : 2 * i + 2])
     assert seeds == [0, 1, 0, 1]
-    x, _, *test, _ = distill.load_data(str(folder), 16)
-    stats = distill.channel_stats(x)
+    x, y, *test, _ = distill.load_data(str(folder), 16)
+    stats, (x, _) = distill.channel_stats(x), landscape.labelled_subset(x, y, None)
+    batches = [distill.normalise(part, stats) for part in x.tensor_split(4)]
     for state, error in zip(copies, arrays["error"][:, 0, [0, -1]].flatten()):
         network.load_state_dict(
             state
         )  # the ends: with batch norm's statistics averaged anew
-        landscape.update_bn([distill.normalise(x, stats)], network.encoder)
+        landscape.update_bn(batches, network.encoder)
         own = distill.classification_accuracy(network, *test, stats, "off")
         assert error == pytest.approx(100 - own)
 
