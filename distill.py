@@ -513,12 +513,14 @@ def image_folder(folder, image_size):
     if annotations.exists():  # Tiny ImageNet as it comes, with all classes in one folder
         rows = re.findall(r"(\S+)\t(\S+).*", annotations.read_text())
         parts.append({folder / "val" / "images" / name: label for name, label in rows})
-    classes = sorted(set(parts[0].values()))
+    # a class without any readable image is an error, not one class less
+    classes = sorted(Path(name).name for name in glob("*/", root_dir=folder / "train"))
     train, *tests = ([(path, classes.index(label)) for path, label in part.items()]
-                     for part in parts if {*part.values()} == {*classes})
-    if classes and tests:
+                     if {*part.values()} == {*classes} else [] for part in parts)
+    test = next(filter(None, tests), None)
+    if train and test:
         read = partial(read_image, size=image_size)
-        return Data(*stack(train, read), *stack(tests[0], read), classes)
+        return Data(*stack(train, read), *stack(test, read), classes)
     raise Problem(f"{folder} needs train/<class>/ and test/<class>/ (or val/) folders of images, "
                   "with the same classes in both")
 

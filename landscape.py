@@ -207,6 +207,8 @@ def plane_args(argv):
     other = f"-{folder(args.b).name}" if args.b else ""
     encoder = "-encoder" * args.encoder_only
     args.out = args.out or folder(args.a) / f"plane-{args.view}{other}{encoder}.npz"
+    if args.out.suffix != ".npz":  # its picture will end in .png
+        parser.error("--out wants a name that ends in .npz")
     return args
 
 
@@ -377,8 +379,8 @@ def connect(argv):
                           f"{args.out} held is kept")
         copies.append({name: t.cpu() for name, t in network.state_dict().items()})
         save_checkpoint(args.out / "last.pt", "landscape.py", config=config, copies=copies)
-        accuracy = classification_accuracy(network, test_x, test_y, stats, args.amp)
-        say(f"{init}, copy {copy}: test error {100 - accuracy:.2f} %")
+        say(f"{init}, copy {copy}: test error "
+            f"{100 - classification_accuracy(network, test_x, test_y, stats, args.amp):.2f} %")
 
     between, *_ = new_classifier(student)  # its weights go along the lines
     # For batch norm's statistics at a point: 2,000 images give 32,000 values a channel even in the

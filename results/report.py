@@ -422,7 +422,7 @@ def main(argv=None):
 
     # Our small runs, beside their own teachers
     for name, group in results.items():
-        if "mini/" in name:
+        if name.startswith("mini/"):
             runs, cells = group.values(), f"{name} ({len(group)})"
             for probe in PROBES:
                 end, *origins = (values(runs, when, probe) for when in ("end", "teacher", "start"))
