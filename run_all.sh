@@ -159,7 +159,7 @@ plot() { [ $# -lt 4 ] || "$PY" $1 plot --figure $figures/$2.png $3 "${@:4}" || t
 report() {  # [DIR with paper/ or mini/ in it]; a picture that cannot be drawn says why and stops no other
     local root=${1:-runs${TOY:+/toy}} to=${TOY:+runs/toy/} figures=${TOY:+runs/toy/}figures/report plane
     [ -d "$root/paper" ] || [ -d "$root/mini" ] || fail "$root holds neither paper/ nor mini/: run jobs of \`list\`"
-    rm -f $figures/*fig*.png; shopt -s nullglob  # what another report has left; no file, no word
+    rm -f $figures/*.png; shopt -s nullglob  # what another report has left; no file, no word
     set -- "$root"/paper/cifar10-resnet18-seed*/prune-*/config.json
     plot prune.py fig8 "" "${@%/config.json}"
     plot landscape.py fig9 "" "$root"/paper/*/connect/connect.npz

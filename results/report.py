@@ -1,7 +1,7 @@
 """REPORT.md and its figures: what the paper says beside what is under runs/.
 
     python -m results.report                      from runs/paper and runs/mini
-    python -m results.report results/cpu          from the logs that are kept there
+    python -m results.report results              from the logs that are kept there
 
 paper.csv says what the paper does, a number or a claim a row, and under `ours` what our results are
 called; here they are joined, judged and drawn. Directories have the names that `run_all.sh list`
@@ -36,7 +36,7 @@ seeds.
   its optimum (of a student: at the end of its run). It does not depend on how features are scaled.
 - **verdict**: *agrees* if ours is within 2 points of the paper or within two of our standard
   deviations, else *higher* or *lower*. For a figure without numbers: *shows* or *does not show*, by
-  the rule beside it. *missing* where no finished run is.
+  the rule beside it. *unfinished* where a run has steps to go; *missing* where there is none.
 - **made** numbers the notes at the end: data, size of the run, hardware, versions.
 
 Of {summary}.
@@ -103,7 +103,7 @@ Dotted: the KL of a constant student, with the same answer for every image.
 {sections[pictures]}## How the numbers were made
 
 {sections[notes]}
-Begun but not finished, and so left out: {sections[unfinished]}.
+Begun but not finished: {sections[unfinished]}.
 """
 
 # ---- What we have --------------------------------------------------------------------------------
@@ -154,8 +154,9 @@ def read_results(root):
             result, remaining = read(file)
             if remaining:
                 unfinished.append(f"{name} ({remaining:,.0f} to go)")
-            else:
-                results[re.sub(SEED, "", name)][result.get("seed")] = result
+            if not remaining or "best" in result:
+                results[re.sub(SEED, "", name)][result.get("seed")] = result | {
+                    "remaining": remaining}
     return results, unfinished
 
 
@@ -175,6 +176,9 @@ def curve(group, column, x="epoch"):
 
 
 # ---- Numbers beside the paper's ------------------------------------------------------------------
+
+VERDICTS = "agrees|higher|lower|shows|does not show|missing"
+
 
 def deviation(numbers):
     return np.std(numbers, ddof=len(numbers) > 1)
@@ -205,6 +209,7 @@ ORIGIN = {  # what a note says of a result that has such a setting
     "train_images": ", {train_images:,} + {test_images:,} images",
     "probe_dataset": ", probed on {probe_dataset}",
     "total_steps": ", {total_steps:,} steps of {batch_size}, m = {out_dim:,}",
+    "remaining": " ({remaining:,.0f} to go)",
     "n_probes": ", {n_probes} probes",
     "draws": ", {draws} draws",
     "torch": ", amp {amp}; {hardware}, torch {torch}, commit {commit}",
@@ -321,12 +326,6 @@ def switch_changes_little(*groups):
     return f"{listed(groups[:1])} → {listed(groups[1:])}", abs(switched - usual) <= 2
 
 
-RULES = {rule.__name__: rule for rule in (
-    beats_its_teacher, flat_then_lower, asymmetric_valley, student_is_a_ticket,
-    students_share_a_basin, wide_enough, batch_norm_is_first, feature_norm_matters, kl_peaks_early,
-    second_round_adds_nothing, switch_changes_little)}
-
-
 def judge(rule, groups):
     """Cells beside a claim of paper.csv: ours and the verdict."""
     if not groups[0]:
@@ -339,6 +338,7 @@ def judge(rule, groups):
 
 FIGURES = (  # file; how its runs are named, without their x if it is in the name; what is on x
     ("fig1.png", "fig3-resnet18-eps0$|fig3-vgg11-eps1e-10$", "epoch"),
+    ("table5.png", "cifar10-.*", "epoch, by probe"),
     ("fig3.png", "fig3-resnet18-eps|fig3-vgg11-eps", "locality α"),
     ("fig4.png", "fig4-noise|fig4-n", "training images (log)"),
     ("fig10.png", "fig10-m", "logits m (log)"),
@@ -364,7 +364,8 @@ def draw(results, folder, figure, names, x):
         return
     picture, axes = new_figure(1, 3, figsize=(13, 3.6))
     picture.suptitle("probes: test accuracy in %")
-    columns, scores = (CURVES, [""]) if "epoch" in x else (PROBES, ["best", "teacher"])
+    columns = CURVES if x in ("epoch", "epoch (log)") else PROBES
+    scores = [""] if "epoch" in x else ["best", "teacher"]
     for axis, y in zip(axes, columns):
         for label, groups in lines.items():
             for when in scores:
@@ -401,17 +402,19 @@ def main(argv=None):
     for row in csv.DictReader(Path(__file__).with_name("paper.csv").read_text().splitlines()):
         groups = [results[name] for name in row["ours"].split("; ")]
         if row["artefact"] == "same runs":
-            results[row["row"]] |= groups[0]
+            results[row["row"]] |= {
+                seed: run for seed, run in groups[0].items() if not run["remaining"]}
             continue
         seeds = sorted(set.intersection(*map(set, groups)))  # only these have the same teachers
         groups = [[group[seed] for seed in seeds] for group in groups]
-        rule = RULES.get(row["rule"])
+        rule = globals().get(row["rule"])  # one of the functions above
         cells = judge(rule, groups) if rule else compare(row, *groups, teachers_off)
+        if any(run.get("remaining") for run in sum(groups, [])):
+            cells = [re.sub(f"^({VERDICTS})$", "unfinished", cell) for cell in cells]
         sections[row["artefact"]] += (
             f"| {row['row']} | {row['value'] or rule.__doc__} | {' | '.join(cells)} "
             f"| {cite(sum(groups, []), notes)} |\n")
-    verdicts = re.findall(
-        r"\| (agrees|higher|lower|missing|shows|does not show) \|", "".join(sections.values()))
+    verdicts = re.findall(rf"\| ({VERDICTS}|unfinished) \|", "".join(sections.values()))
     summary = f"{len(verdicts)} rows: " + ", ".join(
         f"{verdicts.count(verdict)} {verdict}" for verdict in sorted(set(verdicts)))
     if teachers_off:
@@ -437,7 +440,7 @@ def main(argv=None):
         for figure in FIGURES:
             draw(results, args.figures, *figure)
     finally:  # the numbers come out without matplotlib, too
-        for file in sorted(args.figures.glob("*fig[0-9]*.png")):
+        for file in sorted(args.figures.glob("*.png")):
             sections["pictures"] += (
                 f"**{file.stem}**\n\n![{file.stem}]({os.path.relpath(file, args.out.parent)})\n\n")
         page = PAGE.format(args=args, summary=summary, sections=sections).encode()
