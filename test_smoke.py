@@ -560,6 +560,27 @@ def test_training_lowers_the_kl_and_leaves_the_teacher_alone(folder, here, devic
     assert 0 < float(rows[-1]["kl"]) < float(rows[1]["kl"]) / fall
 
 
+def test_fp16_scales_the_loss_so_that_no_gradient_rounds_to_0(folder, here):
+    """With 256 images of 32 x 32 gradients are 17 times smaller than with 60 of 16 x 16, in a wider
+    encoder smaller still.
+    """
+    scale = run(folder, "--amp fp16 --steps 1")["scaler"]["scale"] / 64
+    run(folder, "--steps 20 --batch-size 60", "b")
+    teacher, student, _ = distill.load_networks("b")
+    images = distill.load_data(str(folder), 16).train_x
+    x = distill.normalise(images, distill.channel_stats(images))
+    target = teacher.eval()(x).detach()
+
+    def gradient(amp, scale):
+        student.zero_grad()
+        (scale * distill.KLDivergence.apply(target, student(x, amp))).backward()
+        return torch.cat([p.grad.flatten() / scale for p in student.encoder.parameters()])
+
+    exact = gradient("off", 1)
+    ours, best = ((gradient("fp16", s) - exact).norm() for s in (scale, 2.0**24))
+    assert ours < 1.1 * best < 0.3 * exact.norm()
+
+
 @pytest.mark.parametrize(
     "loss, parts", [("kl", "lf/wl"), ("mse", "lf/wl"), ("kl", "lf/l")]
 )
@@ -750,10 +771,15 @@ def test_nothing_that_disturbs_a_run_costs_work(folder, here, stop):
         process.stdout.close()
         assert process.wait() == 0 and process.stderr.read() == ""
     else:
-        distill.main(f"{options} --out a --steps 2 --resume".split())
-        assert process.wait() == 1 and "another process" in process.stderr.read()
+        try:
+            distill.main(f"{options} --out a --steps 2 --resume".split())
+            assert process.wait() == 1 and "another process" in process.stderr.read()
+        except Problem as error:  # it has come between our reading and writing: so it goes on
+            assert "another process" in str(error)
+            process.terminate()
+            process.wait()
     stopped = distill.read_checkpoint(Path("a"))["step"]
-    assert stopped in {"rival": [2], "pipe": [30]}.get(stop, range(3, 1000))
+    assert stopped in {"rival": range(2, 1000), "pipe": [30]}.get(stop, range(3, 1000))
     for out in "ab":
         distill.main(f"{options} --steps {stopped + 2} --out {out} --resume".split())
     assert curve("a")[-1]["distance"] == curve("b")[-1]["distance"]
@@ -863,7 +889,7 @@ def test_probe_table_json_figure_and_resume(folder, here, capsys, monkeypatch):
         run(folder, f"--steps 2 --seed {seed}", f"s-seed{seed}")["log"][-1]
         for seed in (0, 1)
     ]
-    command = "s-seed0 s-seed1 --json t.json --draws 3"
+    command = "s-seed0 s-seed1 --json t.json --draws 3 --device cpu"
     probe.main(f"{command} --figure f.png".split())
     text, found = capsys.readouterr().out, json.loads(Path("t.json").read_text())
     assert re.search(
