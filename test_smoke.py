@@ -774,7 +774,7 @@ def test_nothing_that_disturbs_a_run_costs_work(folder, here, stop):
         try:
             distill.main(f"{options} --out a --steps 2 --resume".split())
             assert process.wait() == 1 and "another process" in process.stderr.read()
-        except Problem as error:  # it has come between our reading and writing: so it goes on
+        except Problem as error:  # came between our reading and writing: so it goes on
             assert "another process" in str(error)
             process.terminate()
             process.wait()

@@ -358,7 +358,7 @@ def draw(results, folder, figure, names, x):
             lines[match[1]][1 - 1 / (1 + number) if "α" in x else number] = group.values()
     if not lines:
         return
-    picture, axes = new_figure(1, 3, figsize=(13, 3.6))
+    picture, axes = new_figure(1, 3, figsize=(13, 3.6), sharex=True)
     picture.suptitle("probes: test accuracy in %")
     columns = CURVES if x.startswith("epoch") else PROBES
     scores = [""] if "epoch" in x else ["best", "teacher"]
@@ -367,6 +367,8 @@ def draw(results, folder, figure, names, x):
             for when in scores:
                 points = curve(groups[0], y) if "epoch" in x else {
                     position: values(group, when, y) for position, group in groups.items()}
+                if "log" in x:
+                    points.pop(0, None)  # a logarithm has no place for it
                 positions, numbers = zip(*sorted(points.items()))
                 line, *_ = axis.errorbar(
                     positions, [*map(mean, numbers)], [*map(deviation, numbers)],
