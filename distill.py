@@ -801,7 +801,7 @@ def load_networks(path):
         config = {**checkpoint["config"], "step": int(checkpoint["step"]),
                   "total_steps": int(checkpoint["about"]["total_steps"])}
         for key, default in to_config(parse_args([])).items():
-            if default is not None and type(config[key]) is not type(default):
+            if not (default is None or key in MAY_CHANGE or type(config[key]) is type(default)):
                 raise TypeError(f"--{key.replace('_', '-')} is {config[key]}")
         networks = [Network(*(config[key] for key in SETTINGS)) for _ in range(2)]
         for network, role in zip(networks, ("teacher", "student")):
@@ -831,9 +831,12 @@ def load_checkpoint(path, device="cpu"):
 
 
 def fingerprint(module):
-    """A string that two modules of one kind share if their weights and buffers are equal."""
-    tensors = module.state_dict().values()
-    return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in tensors)).hexdigest()
+    """A string that two modules of one kind share if their weights and buffers are equal, and how
+    group norms divide their channels.
+    """
+    parts = [t.cpu().numpy().tobytes() for t in module.state_dict().values()]
+    parts += [b"%d " % m.num_groups for m in module.modules() if isinstance(m, nn.GroupNorm)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def to_config(args):

@@ -151,7 +151,7 @@ run() {  # STAGES: all their jobs, as many at once as there are GPUs; the report
     rm -f $LOGS/failed; for stage in "$@"; do [ ! -e $LOGS/failed ] || break  # stage 2 wants all students of stage 1
         echo "$(list "$stage" | wc -l) jobs of stage $stage, $JOBS at once; their output: $LOGS/"
         list "$stage" | xargs -d '\n' -n 1 -P "$JOBS" --process-slot-var=SLOT bash run_all.sh job; done
-    (report) || echo "run_all.sh: error: no report" >&2
+    (report) || echo "bash run_all.sh report" >>$LOGS/failed
     [ ! -e $LOGS/failed ] || fail "$(wc -l <$LOGS/failed) jobs failed; run this again, or one by one: $LOGS/failed"
 }
 

@@ -931,6 +931,11 @@ def test_probe_table_json_figure_and_resume(folder, here, capsys, monkeypatch):
     assert len(measured) == 1
 
 
+def test_probes_are_kept_apart_for_networks_that_differ_in_their_norm_alone():
+    networks = [random_network(0, "resnet20", 8, norm=norm) for norm in distill.NORMS]
+    assert len(set(map(distill.fingerprint, networks))) == len(networks)
+
+
 def test_unfinished_runs_are_named_and_not_averaged(folder, here, capsys):
     run(folder, "--steps 2", "s-seed0")
     checkpoint = run(folder, "--steps 2 --seed 1", "s-seed1")
@@ -994,7 +999,7 @@ class Evil:
         return os.mkdir, ("ran",)
 
 
-def test_bad_checkpoints(folder, here):
+def test_bad_checkpoints(folder, here, monkeypatch):
     torch.save({"student": torch.zeros(9999)}, "foreign.pt")
     problem(probe.main, "foreign.pt", "not a checkpoint of distill.py")
     checkpoint = run(folder, "--steps 1")
@@ -1006,6 +1011,8 @@ def test_bad_checkpoints(folder, here):
     checkpoint["student"]["projector.0.weight"][0, 0] = math.nan
     torch.save(checkpoint, "nan.pt")
     problem(probe.main, "nan.pt", "not finite")
+    monkeypatch.setenv("DATA_MIRROR", "http://elsewhere")  # as no run had it before
+    distill.load_checkpoint("a")
     good = Path("a/last.pt").read_bytes()
     zeroed = good[:60_000] + bytes(4096) + good[64_096:]  # a lost block
     for content in (
@@ -1606,7 +1613,8 @@ if __name__ == "__main__":
     )
     assert "12 jobs of stage mini, 2 at once" in done.stdout, done.stderr
     assert done.returncode == 1 and done.stdout.count("\ndone ") == 11
-    (failed,) = (tmp_path / "runs/logs/failed").read_text().splitlines()
+    failed, page = (tmp_path / "runs/logs/failed").read_text().splitlines()
+    assert page == "bash run_all.sh report"  # without a whole distill.py
     assert "eps1.5" in failed and re.search("FAILED .*eps1.5.*: lost", done.stdout)
 
 
@@ -1669,6 +1677,9 @@ def test_verdicts_follow_their_rule(tmp_path):
     finished(
         tmp_path, "fig4-n1000", 5, 5, 60, seed=1
     )  # far off, but so are ours from each other
+    ticket = tmp_path / "paper/cifar10-resnet18-seed0/prune-student-rewind0"
+    distill.write_json(ticket / "config.json", {"seed": 0, "rounds": 0})
+    distill.write_csv(ticket / "log.csv", prune.LOG_COLUMNS, [dict.fromkeys(prune.LOG_COLUMNS, 0)])
     page = tmp_path / "page"
     args = [str(tmp_path), "--figures", f"{tmp_path}/f", "--out", str(page)]
     report.main(args)
@@ -1685,7 +1696,8 @@ KL at the end 5.0e-06, then 5.0e-06 (n = 1) | does not show
 not finished: cifar10-vgg11-seed0 (1 to go)
 , 2 steps of 3, m = 4 (1 to go), 1 probes, amp off
 [1] cifar10, 9 images, 2 steps of 3, m = 4, 2 probes, amp off; a GPU, torch 2, commit abc
-](f/fig4.png)""".splitlines():
+](f/fig4.png)
+](f/table5.png)""".splitlines():
         assert row in text, row
     (tmp_path / "paper/fig4-n500-seed0/run.json").write_text("{")
     problem(report.main, " ".join(args), "run.json", "truncated")
@@ -1695,7 +1707,7 @@ not finished: cifar10-vgg11-seed0 (1 to go)
     "claim",
     """\
 beats_its_teacher: 36 | 34
-flat_then_lower: 46 45 46 45 43 40 | 46 45 46 43 43 40 | 46 45 46 45 43 34 | 46 45 46 45 43 45
+flat_then_lower: 46 45 46 45 43 40 | 46 45 46 43 43 40 | 46 45 46 45 43 40///34 | 46 45 46 45 43 45
 wide_enough: 36 46 46 46 46 47 | 45 46 46 46 46 46 | 36 43 46 46 46 46
 batch_norm_is_first: 46/40 45/39 45 45 45 | 46/40 45/41 45 45 45 | 46/40 43 45 45 45
 feature_norm_matters: 46 45 41 | 46 41 45
@@ -1704,13 +1716,13 @@ switch_changes_little: 46 45 | 46 43 | 46 49
 student_is_a_ticket: 92 90 91 91.8 | 92 93 91 91.8 | 92 90 91 91""".splitlines()
 )
 def test_claims_follow_their_rule(claim):
-    """Of the cases, best accuracy/first/KL a group, the first alone shows the claim."""
+    """Of the cases, best accuracy/first/KL/last a group, the first alone shows the claim."""
     rule, cases = claim.split(": ")
     for i, case in enumerate(cases.split(" | ")):
         groups = []
         for group in case.split():
-            best, first, kl = [
-                float(number or 0) for number in f"{group}//".split("/")[:3]
+            best, first, kl, end = [
+                float(number or 0) for number in f"{group}///".split("/")[:4]
             ]
             scores = {"linear_paper": best, "kl": kl}
             groups.append(
@@ -1718,7 +1730,7 @@ def test_claims_follow_their_rule(claim):
                     {
                         "first": {"linear_paper": first},
                         "best": scores,
-                        "end": scores,
+                        "end": {**scores, "linear_paper": end or best},
                         "teacher": {"linear_paper": 35},
                         "rows": [{"weights_left": 50, "best_accuracy": best}]
                     }
