@@ -83,7 +83,7 @@ NORMS = {  # what may stand in for a ResNet's batch norm over c channels (Fig. 1
     "instance": lambda c: nn.GroupNorm(c, c),
     "group": lambda c: nn.GroupNorm(c // 8, c),
     "layer": lambda c: nn.GroupNorm(1, c),
-    "none": lambda c: nn.Identity(),
+    "none": nn.Identity,  # which takes any argument
 }
 
 
@@ -214,9 +214,9 @@ def random_network(seed, *args, **settings):
         elif isinstance(module, nn.Linear):
             # the paper's trunc_normal_ cuts at ±2, a hundred std away, and draws anew in torch 2.14
             nn.init.normal_(module.weight, std=0.02, generator=generator)
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+        if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
-    # norms: weight 1, bias 0, mean 0, variance 1 from torch
+    # norms: weight 1, mean 0, variance 1 from torch
     return network.to(memory_format=torch.channels_last)
 
 
@@ -389,31 +389,29 @@ def load_data(name, image_size=32, data_dir="data", mirror=None, n=None, device=
         raise Problem(f"no data set or folder called '{name}'; there are {', '.join(DATASETS)}, or "
                       "any folder of images")
     train_x, train_y, test_x, test_y = (part.to(device) for part in data[:4])
-    if train_x.shape[-1] != image_size:
-        train_x, test_x = (resize(images, [image_size, image_size], antialias=True)
-                           for images in (train_x, test_x))
+    # as they are, if they have this size; all images are square
+    train_x, test_x = (resize(images, image_size) for images in (train_x, test_x))
     return Data(train_x, train_y, test_x, test_y, data.classes)
 
 
-def stratified_subset(data, n):
-    """`data` with n of its training images, each class in its share up to one; None keeps all.
+def stratified_subset(x, y, n):
+    """n of the images x and of their labels y, each class in its share up to one; None keeps all.
 
     This looks at labels, as the paper's balanced subsets do (Fig. 4). Raises Problem if n exceeds
     what there is.
     """
-    total = len(data.train_y)
-    if n in (None, total):
-        return data
-    if n > total:
-        raise Problem(f"--n-samples {n:,} is more than the {total:,} training images there are")
-    y, rank = data.train_y.cpu(), torch.empty(total)
-    shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-    for label in y.unique():
-        members = shuffled[y[shuffled] == label]
+    if n in (None, len(y)):
+        return x, y
+    if n > len(y):
+        raise Problem(f"--n-samples {n:,} is more than the {len(y):,} training images there are")
+    labels, rank = y.cpu(), torch.empty(len(y))
+    shuffled = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    for label in labels.unique():
+        members = shuffled[labels[shuffled] == label]
         # the k-th of K members ranks at (k − 1/2)/K: the n lowest take each class evenly
         rank[members] = (torch.arange(len(members)) + 0.5) / len(members)
     chosen = rank.argsort(stable=True)[:n].sort().values
-    return data._replace(train_x=data.train_x[chosen], train_y=data.train_y[chosen])
+    return x[chosen], y[chosen]
 
 
 @contextmanager
@@ -428,9 +426,9 @@ def downloading(url, folder):
     try:
         yield
     except Exception as error:
-        reason, archive_name = str(error).partition("\n")[0], url.rpartition("/")[2]
+        reason = str(error).partition("\n")[0]
         raise Problem(f"cannot download {url} ({reason}): use --dataset leaves, a folder of images "
-                      f"or --mirror URL of a directory that holds {archive_name}") from None
+                      f"or --mirror URL of a directory that holds {Path(url).name}") from None
 
 
 def stack(pairs, read=np.asarray):
@@ -600,9 +598,9 @@ def classify(network, images, stats, amp):
     return network.head(embed(network.encoder, normalise(images, stats), amp))
 
 
-def augment(images, seed, step, padding=4):
-    """uint8 (B, 3, s, s) -> the same shape: flipped left to right or not, padded with black,
-    cropped at random.
+def augment(images, seed, step):
+    """uint8 (B, 3, s, s) -> the same shape: flipped left to right or not, padded with 4 black
+    pixels a side, cropped at random.
 
     The random numbers depend on (seed, step) alone, so that rewinding to a step brings back its
     very images.
@@ -610,8 +608,8 @@ def augment(images, seed, step, padding=4):
     n, size = len(images), images.shape[-1]
     rng = np.random.default_rng((seed, step, 1))  # 1: not the stream (seed, epoch) of the order
     top, left, flip = (torch.from_numpy(rng.integers(high, size=n)).to(images.device)
-                       for high in (2 * padding + 1, 2 * padding + 1, 2))
-    padded = F.pad(images, [padding] * 4)
+                       for high in (9, 9, 2))  # 9 places for a crop, each way
+    padded = F.pad(images, [4] * 4)
     padded = torch.where(flip.view(n, 1, 1, 1) == 1, padded.flip(3), padded)
     crops = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, 9, 9, s, s): all, as a view
     return crops[torch.arange(n, device=images.device), :, top, left]
@@ -725,9 +723,13 @@ def write_atomically(path, write):
             temporary.unlink()
 
 
+def write_text(path, text):
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def write_json(path, result):
     """Write a dict, a key a line or so, for people and for scripts."""
-    write_atomically(path, lambda file: file.write(f"{json.dumps(result, indent=2)}\n".encode()))
+    write_text(path, f"{json.dumps(result, indent=2)}\n")
 
 
 def read_json(path):
@@ -748,7 +750,7 @@ def table(columns, rows):
 def write_csv(path, columns, rows):
     text = table(columns, rows)
     if not path.exists() or path.read_text() != text:  # a finished run may be read-only
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_text(path, text)
 
 
 def check_undisturbed(path, columns, rows):
@@ -762,6 +764,11 @@ def save_checkpoint(path, script, **content):
     """Write a checkpoint of `script`: plain values, tensors, and dicts and lists of them."""
     content["format"] = f"random teachers 3, {script}"
     write_atomically(path, lambda file: torch.save(content, file))
+
+
+def run_folder(path):
+    """The directory of a run that is named by it, or by a checkpoint in it."""
+    return path.parent if path.suffix == ".pt" else path
 
 
 def read_checkpoint(path, script="distill.py"):
@@ -836,7 +843,7 @@ def fingerprint(module):
     """
     parts = [t.cpu().numpy().tobytes() for t in module.state_dict().values()]
     parts += [b"%d " % m.num_groups for m in module.modules() if isinstance(m, nn.GroupNorm)]
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
 
 def to_config(args):
@@ -854,8 +861,7 @@ def check_same(out, begun_with, config, may_change=MAY_CHANGE):
     """
     for key in config:
         if begun_with.get(key) != config[key] and key not in may_change:
-            option = f"--{key.replace('_', '-')}"
-            raise Problem(f"{out} does not fit: it was run with {option} "
+            raise Problem(f"{out} does not fit: it was run with --{key.replace('_', '-')} "
                           f"{begun_with.get(key)}, not {config[key]}")
 
 
@@ -1032,9 +1038,8 @@ LOG_COLUMNS = ("step", "epoch", "kl", "distance", "images_per_s", *PROBES)
 
 def show(row, eta=""):
     """Print a row of the log, with its probes if it has any."""
-    numbers = (f"{row['epoch']:7.1f} {row['kl']:10.3e} {row['distance']:9.3f} "
-               f"{row['images_per_s']:9.0f}")
-    say(f"{row['step']:7d} {numbers} {eta!s:>9}{scores(row)}")
+    say(f"{row['step']:7d} {row['epoch']:7.1f} {row['kl']:10.3e} {row['distance']:9.3f} "
+        f"{row['images_per_s']:9.0f} {eta!s:>9}{scores(row)}")
 
 
 def scores(row):
@@ -1116,15 +1121,17 @@ def main(argv=None):
                    mirror=args.mirror, device=device)
     data = load(args.dataset, n=args.n_samples)
     probe_data = load(args.probe_dataset) if args.probe_dataset else data
-    images = stratified_subset(data, args.n_samples).train_x
+    images, _ = stratified_subset(data.train_x, data.train_y, args.n_samples)
     stats, per_epoch = channel_stats(images), math.ceil(len(images) / args.batch_size)
     steps = min(args.epochs * per_epoch, args.steps or math.inf)
-    if checkpoint:
-        check_same(args.out, checkpoint["about"], {"n_images": len(images)})
     log_every = args.log_every or min(per_epoch, 100)
     eval_every = args.eval_every or max(steps // 25, 100)
-    start, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
-    if log:
+    # `about` is what run.json tells beside the options: the teacher's probes, and under "made" by
+    # which hardware and which commit each part of the run was made
+    start, log, about = 0, [], {"made": []}
+    if checkpoint:
+        start, log, about = checkpoint["step"], checkpoint["log"], checkpoint["about"]
+        check_same(args.out, about, {"n_images": len(images)})
         write_csv(args.out / "log.csv", LOG_COLUMNS, log)  # a kill may have come before it
     if start >= steps:
         return say(f"{args.out}: all {steps:,} steps are done")
@@ -1171,21 +1178,25 @@ def main(argv=None):
         """Constant, after a linear --warmup."""
         return args.lr * min(1, (step + 1) / max(args.warmup, 1))
 
-    # `about` is what run.json tells beside the options: the teacher's probes, and under "made" by
-    # which hardware and which commit each part of the run was made
     print_header(args, len(images), steps, device, constant_kl)
-    about = checkpoint["about"] if checkpoint else {"made": []}
     about |= {"n_images": len(images), "total_steps": steps, "constant_student_kl": constant_kl}
     about["made"].append({**provenance(device), "from_step": start})
+
+    def save(name, *parts):
+        """Write a checkpoint with these parts of `state`."""
+        save_checkpoint(args.out / name, "distill.py", config=config, about=about,
+                        step=log[-1]["step"], log=log,
+                        **{part: state[part].state_dict() for part in parts})
 
     def add_to_log(row, saving):
         """Log a row: in the checkpoint, in log.csv, and at last on the screen."""
         check_undisturbed(args.out / "log.csv", LOG_COLUMNS, log)
         log.append(row)
         if saving:
-            save_checkpoint(args.out / "last.pt", "distill.py", config=config, about=about,
-                            step=row["step"], log=log,
-                            **{name: part.state_dict() for name, part in state.items()})
+            # the student of the best probe so far is the paper's in Fig. 9 and Tables 2 and 4
+            if row is max(log[1:], key=lambda row: row.get("linear_paper", 0), default=None):
+                save("best.pt", "teacher", "student")
+            save("last.pt", *state)
             write_json(args.out / "run.json", {**config, **about})
         write_csv(args.out / "log.csv", LOG_COLUMNS, log)
         seconds = (steps - row["step"]) * args.batch_size / (row["images_per_s"] or 1)

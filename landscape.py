@@ -26,12 +26,13 @@ import torch
 from torch.optim.swa_utils import update_bn
 
 from distill import (
-    ARCHS, MAY_CHANGE, POSITIVE, SETTINGS, Data, Problem, add_common_options,
+    ARCHS, MAY_CHANGE, POSITIVE, SETTINGS, Problem, add_common_options,
     add_fine_tuning_options, autocast, channel_stats, check_same, checkpoint_to_resume,
     classification_accuracy, classifier, embed, fill_defaults, fine_tune, fingerprint, init_student,
     kl_by_log_softmax, load_checkpoint, load_data, load_networks, make_parser, new_figure,
     normalise, number, pick_amp, pick_device, picture, progress, provenance, random_network,
-    run_cli, save_checkpoint, save_figure, say, stratified_subset, to_config, write_atomically)
+    run_cli, run_folder, save_checkpoint, save_figure, say, stratified_subset, to_config,
+    write_atomically)
 from probe import linear_probe, linear_probe_converged, mean_std
 
 RANGE = {"nargs": 2, "metavar": ("LOW", "HIGH")}  # of an option that wants two numbers
@@ -108,7 +109,7 @@ def labelled_subset(x, y, n):
     """
     if len(y.unique()) < 2:
         raise Problem("these images have no labels: name a labelled data set with --dataset")
-    x, y, *_ = stratified_subset(Data(x, y, None, None, None), n)
+    x, y = stratified_subset(x, y, n)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     return x[order], y[order]
 
@@ -127,7 +128,7 @@ def full_config(args, images, test_images, networks, distilled, device):
     """The options, and what they do not say: how much data, which networks, on which machine."""
     return to_config(args) | {
         "n_images": len(images), "n_test_images": len(test_images),
-        "starting_weights": [fingerprint(network)[:12] for network in networks],
+        "starting_weights": [fingerprint(network) for network in networks],
         "distilled": distilled, "made": provenance(device)}
 
 
@@ -176,11 +177,6 @@ def anchors_of(args):
     return ("θ_T", f"θ_S({alpha})", f"θ*_S({alpha})"), (teacher, start, student), config
 
 
-def folder(run):
-    """The directory of a run that is named by it, or by a checkpoint in it."""
-    return run.parent if run.is_file() else run
-
-
 def plane_args(argv):
     parser, add = make_parser(plane.__doc__, "landscape.py plane")
     parser.add_argument("a", metavar="A", type=Path, help="run directory of distill.py")
@@ -204,9 +200,9 @@ def plane_args(argv):
     add_common_options(add)
     args = parser.parse_args(argv)
     args.view = "shared" if args.b else "non-local"
-    other = f"-{folder(args.b).name}" if args.b else ""
+    other = f"-{run_folder(args.b).name}" if args.b else ""
     encoder = "-encoder" * args.encoder_only
-    args.out = args.out or folder(args.a) / f"plane-{args.view}{other}{encoder}.npz"
+    args.out = args.out or run_folder(args.a) / f"plane-{args.view}{other}{encoder}.npz"
     if args.out.suffix != ".npz":  # its picture will end in .png
         parser.error("--out wants a name that ends in .npz")
     return args
@@ -330,7 +326,7 @@ def connect_args(argv):
     add("--out", "directory of the copies and connect.npz (default: <run>/connect)", type=Path)
     add_common_options(add)
     args = parser.parse_args(argv)
-    args.out = args.out or folder(args.run) / "connect"
+    args.out = args.out or run_folder(args.run) / "connect"
     return args
 
 

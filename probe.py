@@ -10,7 +10,6 @@ Three probes, because they disagree, and the disagreement teaches something (REA
 ten-epoch linear probe, the same linear probe standardised and trained to convergence, and k nearest
 neighbours.
 """
-import csv
 import itertools
 import math
 import re
@@ -21,13 +20,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import stack_module_state
 from torch.optim.swa_utils import update_bn
 
 from distill import (
     ARCHS, DATASETS, MAY_CHANGE, PROBES, SEED, Problem, add_common_options, channel_stats, embed,
     fingerprint, init_student, load_checkpoint, load_data, make_parser, new_figure, normalise,
-    number, pick_device, picture, progress, provenance, random_network, read_json, run_cli,
-    save_figure, say, write_json)
+    number, pick_device, picture, progress, provenance, random_network, read_checkpoint,
+    read_json, run_cli, run_folder, save_figure, say, write_json)
 
 
 # ---- The probes ----------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ def accuracy(logits, labels):
     return 100 * (logits.argmax(-1) == labels).double().mean(-1)
 
 
-def linear_probe(x, y, test_x, test_y, n_classes, seeds=(0,), epochs=10):
+def linear_probe(x, y, test_x, test_y, n_classes, seeds=(0,)):
     """The paper's linear probe (App. E): test accuracy in % after ten epochs of AdamW at torch's
     defaults, (D,).
 
@@ -46,23 +46,21 @@ def linear_probe(x, y, test_x, test_y, n_classes, seeds=(0,), epochs=10):
     batches of 256, which are the same in every epoch. The D heads train side by side: a step of one
     is so small that a processor spends it waiting.
     """
-    weight, bias, orders = [], [], []
+    heads, orders = [], []
     for seed in seeds:
         torch.manual_seed(seed)
-        head = nn.Linear(x.shape[1], n_classes)  # torch's default initialisation
-        weight.append(head.weight.detach())
-        bias.append(head.bias.detach()[:, None])
+        heads.append(nn.Linear(x.shape[1], n_classes).to(x.device))  # torch's initialisation
         orders.append(torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)))
-    weight, bias, order = (torch.stack(part).to(x.device) for part in (weight, bias, orders))
-    optimizer = torch.optim.AdamW([weight.requires_grad_(), bias.requires_grad_()], fused=True)
-    for index in order.split(256, dim=1) * epochs:  # (D, 256)
+    weight, bias = stack_module_state(heads)[0].values()  # (D, classes, r) and (D, classes)
+    optimizer = torch.optim.AdamW([weight, bias], fused=True)
+    for index in torch.stack(orders).to(x.device).split(256, dim=1) * 10:  # (D, 256), ten epochs
         optimizer.zero_grad()
-        logits = torch.baddbmm(bias, weight, x[index].mT)  # (D, classes, 256)
+        logits = torch.baddbmm(bias[..., None], weight, x[index].mT)  # (D, classes, 256)
         # each head's mean, summed
         loss = F.cross_entropy(logits, y[index], reduction="sum") / index.shape[1]
         loss.backward()
         optimizer.step()
-    return accuracy(test_x @ weight.detach().mT + bias.detach().mT, test_y)
+    return accuracy(test_x @ weight.detach().mT + bias.detach()[:, None], test_y)
 
 
 @torch.no_grad()
@@ -150,9 +148,9 @@ def calibrated(encoder, images, stats, n=5000):
 def evaluate(encoder, data, seeds=(0,), amp="off"):
     """All probes of `encoder` on `data`, in %: {"linear_paper", "linear_converged", "knn"}.
 
-    linear_paper is the mean over a draw for each of `seeds`; with more than one, "draws" says how
-    many, "linear_paper_std" how they scatter and "linear_paper_max" what the luckiest reads. Images
-    are normalised by the mean and standard deviation of `data`'s own training part.
+    linear_paper is the mean over a draw for each of `seeds`; with more than one, "linear_paper_std"
+    says how they scatter and "linear_paper_max" what the luckiest reads. Images are normalised by
+    the mean and standard deviation of `data`'s own training part.
     """
     stats, n_classes = channel_stats(data.train_x), len(data.classes)
     x, test_x = (extract_features(encoder, images, stats, amp)
@@ -162,8 +160,7 @@ def evaluate(encoder, data, seeds=(0,), amp="off"):
     draws = torch.cat([linear_probe(*parts, seeds[i:i + 25]) for i in range(0, len(seeds), 25)])
     scatter = {}
     if len(seeds) > 1:
-        scatter = {"linear_paper_std": draws.std().item(), "linear_paper_max": draws.max().item(),
-                   "draws": len(seeds)}
+        scatter = {"linear_paper_std": draws.std().item(), "linear_paper_max": draws.max().item()}
     return {"linear_paper": draws.mean().item(), **scatter,
             "linear_converged": linear_probe_converged(*parts), "knn": knn_probe(*parts)}
 
@@ -204,16 +201,16 @@ def print_table(rows, draws):
 
 
 def draw(path, runs, levels):
-    """Accuracy of every probe over training steps, from each run's log.csv, and `levels` {label:
+    """Accuracy of every probe over training steps, from each run's log, and `levels` {label:
     probes}.
     """
+    logs = [read_checkpoint(run)["log"] for run in runs]
     figure, axes = new_figure(1, len(PROBES), figsize=(11, 3.8), sharex=True)
     for axis, (probe, title) in zip(axes, PROBES.items()):
-        for run, marker in zip(runs, "os^Dvx" * len(runs)):
-            with open((run if run.is_dir() else run.parent) / "log.csv", newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row[probe]]
-            axis.plot([int(row["step"]) for row in rows], [float(row[probe]) for row in rows],
-                      marker=marker, label=f"student {run.name}")
+        for run, log, marker in zip(runs, logs, "os^Dvx" * len(runs)):
+            rows = [row for row in log if probe in row]
+            axis.plot([row["step"] for row in rows], [row[probe] for row in rows], marker=marker,
+                      label=f"student {run.name}")
         for (label, probes), style in zip(levels.items(), ("dotted", "solid")):
             axis.axhline(probes[probe], color="black", linestyle=style, linewidth=1, label=label)
         axis.set(title=title, xlabel="distillation step", ylabel="test accuracy (%)")
@@ -264,7 +261,7 @@ def encoders_of(args, runs, image_size, data):
         encoder = random_network(2 * seed, arch, 1, image_size).encoder
         yield from controls(f"teacher {arch}", "", f"teacher {arch} seed {seed}", encoder)
     for path, (teacher, student, config) in runs.items():
-        run = re.sub("-?seed[0-9]+$", "", path.name)
+        run = re.sub("-?seed[0-9]+$", "", run_folder(path).name)
         label = f"teacher of {run}" if config["teacher"] else f"teacher {config['arch']}"
         references = {"teacher": f"teacher of {path}"}
         yield from controls(label, config["norm"], references["teacher"], teacher)
@@ -317,7 +314,7 @@ def main(argv=None):
                       "--draws, or by an older probe.py: name another file")
     measured, rows = {known["weights"]: known for known in results.values()}, {}
     for *row, name, encoder, references in encoders_of(args, runs, image_size, data):
-        weights = fingerprint(encoder)[:12]
+        weights = fingerprint(encoder)
         if weights not in measured:  # not yet; a teacher that runs share is probed once
             probes = evaluate(encoder.to(device), data, range(args.draws), args.amp)
             measured[weights] = {**probes, **about, "weights": weights, **provenance(device)}
@@ -330,8 +327,8 @@ def main(argv=None):
             results[name], {label: results[other] for label, other in references.items()})
     print_table(rows, args.draws)
     if args.figure:
-        levels = {"raw pixels": "raw pixels", "random teacher": f"teacher of {args.runs[0]}"}
-        draw(args.figure, runs, {label: results[name] for label, name in levels.items()})
+        draw(args.figure, runs, {"raw pixels": results["raw pixels"],
+                                 "random teacher": results[f"teacher of {args.runs[0]}"]})
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from distill import (
     check_same, check_undisturbed, checkpoint_to_resume, classification_accuracy, classifier,
     fill_defaults, fine_tune, fingerprint, load_checkpoint, load_data, make_parser, new_figure,
     number, pick_amp, pick_device, picture, progress, provenance, read_json, run_cli,
-    save_checkpoint, save_figure, say, stratified_subset, to_config, write_csv, write_json)
+    run_folder, save_checkpoint, save_figure, say, stratified_subset, to_config, write_csv,
+    write_json)
 
 
 # ---- Masks ---------------------------------------------------------------------------------------
@@ -110,9 +111,9 @@ def parse_args(argv=None):
     if args.rewind_epoch >= args.epochs:
         parser.error(f"--rewind-epoch {args.rewind_epoch} is beyond the run: it must be less than "
                      f"--epochs {args.epochs}")
-    folder = args.run.parent if args.run.is_file() else args.run
-    extra = "-all" * args.prune_all + "-control" * bool(args.control)
-    args.out = args.out or folder / f"prune-{args.init}-rewind{args.rewind_epoch}{extra}"
+    name = f"prune-{args.init}-rewind{args.rewind_epoch}"
+    name += "-all" * args.prune_all + "-control" * bool(args.control)
+    args.out = args.out or run_folder(args.run) / name
     return args
 
 
@@ -133,12 +134,12 @@ def main(argv=None):
     if len(data.test_y) == 0:
         raise Problem(f"{args.dataset} has no labels to train on: name a labelled data set with "
                       "--dataset")
-    data = stratified_subset(data, args.n_samples)
-    config = {**to_config(args), "n_images": len(data.train_y),
-              "starting_weights": fingerprint(encoder)[:12], "distilled": distilled}
+    images, labels = stratified_subset(data.train_x, data.train_y, args.n_samples)
+    config = {**to_config(args), "n_images": len(labels),
+              "starting_weights": fingerprint(encoder), "distilled": distilled}
     if checkpoint:
         check_same(args.out, checkpoint["config"], config, FREE | {"distilled"})
-    stats, per_epoch = channel_stats(data.train_x), math.ceil(len(data.train_y) / args.batch_size)
+    stats, per_epoch = channel_stats(images), math.ceil(len(labels) / args.batch_size)
 
     network, optimizer, scaler = classifier(encoder, ARCHS[distilled["arch"]][1],
                                             len(data.classes), args, device)
@@ -167,7 +168,7 @@ def main(argv=None):
             f"{row['final_accuracy']:18.2f}{row['seconds']:18.2f}{eta!s:>18}")
 
     say(f"{distilled['arch']} from the {args.init} weights of {args.run}{progress(distilled)} on "
-        f"{args.dataset}: {len(data.train_y):,} images, {args.epochs * per_epoch:,} steps of "
+        f"{args.dataset}: {len(labels):,} images, {args.epochs * per_epoch:,} steps of "
         f"{args.batch_size} a round, {total:,} weights to prune, seed {args.seed}, "
         f"{device.type}, amp {args.amp} -> {args.out}")
     say(f"round{'weights left (%)':>18}{'best epoch (%)':>18}{'last epoch (%)':>18}"
@@ -187,8 +188,8 @@ def main(argv=None):
             start = rewinding_point["step"]
             apply_mask(weights, mask)
         accuracies, clock = [], time.time()
-        for step, _ in fine_tune(network, optimizer, scaler, data.train_x, data.train_y, args,
-                                 args.seed, start):
+        for step, _ in fine_tune(network, optimizer, scaler, images, labels, args, args.seed,
+                                 start):
             apply_mask(weights, mask)
             if step % per_epoch == 0:
                 accuracies.append(classification_accuracy(network, data.test_x, data.test_y, stats,

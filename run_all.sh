@@ -89,12 +89,12 @@ stage1() {
 stage2() {  # with the students of stage 1
     # Tables 2 and 4: transfer
     for arch in resnet18 vgg11; do for dataset in cifar10 cifar100 stl10; do
-        probe transfer-$dataset-$arch $dataset $(printf "$OUT/tinyimagenet-$arch-seed%s " $SEEDS); done; done
+        probe transfer-$dataset-$arch $dataset $(printf "$OUT/tinyimagenet-$arch-seed%s/best.pt " $SEEDS); done; done
     # Fig. 8: 25 trainings of 160 epochs a curve. Fig. 9: ten copies and 20 lines
     for seed in $SEEDS $MORE_SEEDS; do for start in "" "--init random --rewind-epoch "{0,1,2,5}; do
         job prune.py $OUT/cifar10-resnet18-seed$seed --resume $start --dataset $cifar10 \
             ${TOY:+--rounds 1 --rate 0.5 --epochs 6 --n-samples 16 $few}; done; done
-    for seed in $SEEDS; do job landscape.py connect $OUT/cifar10-resnet18-seed$seed --resume --dataset $cifar10 \
+    for seed in $SEEDS; do job landscape.py connect $OUT/cifar10-resnet18-seed$seed/best.pt --resume --dataset $cifar10 \
         ${TOY:+--copies 2 --points 3 --epochs 1 $few}; done
     # Fig. 5 and 13 to 16: planes, wide and around the teacher, of whole networks and of encoders
     near=$OUT/raw-vgg11-eps1e-10-seed${SEEDS%% *} far=$OUT/raw-vgg11-epsinf-seed${SEEDS%% *}
@@ -133,7 +133,7 @@ gpu() {  # there is one, or none is needed
     [ -n "$TOY" ] || [ "${ON_CPU:-}" = 1 ] || "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
         fail "no GPU. On two CPU cores a ResNet18's step with 256 images takes 1.4 s (measured, bf16): 8 hours for a
 distillation of 19,600 steps, 13 days for a curve of Fig. 8. The $(list | wc -l) jobs, $(list 2 | grep -c prune) such
-curves among them, take months (all seeds: over a year) and 100 GB for checkpoints. A CPU can do \`bash run_all.sh
+curves among them, take months (all seeds: over a year) and 150 GB for checkpoints. A CPU can do \`bash run_all.sh
 quick\` (minutes) and \`mini\` (hours); \`ON_CPU=1 bash run_all.sh\` starts all the same"
 }
 

@@ -359,11 +359,11 @@ def test_noise_is_gaussian_and_more_of_it_begins_alike():
 
 def test_stratified_subset_keeps_every_class_in_its_share():
     labels = torch.tensor([0] * 600 + [2] * 300 + [3] * 100)  # there may be no image of one
-    data = distill.Data(torch.arange(1000), labels, None, None, "abc")
-    few, again = (distill.stratified_subset(data, 100) for _ in range(2))
-    assert few.train_y.bincount().tolist() == [60, 0, 30, 10]
-    assert torch.equal(labels[few.train_x], few.train_y)
-    assert len(few.train_x.unique()) == 100 and torch.equal(few.train_x, again.train_x)
+    (x, y), (again, _) = (
+        distill.stratified_subset(torch.arange(1000), labels, 100) for _ in range(2)
+    )
+    assert y.bincount().tolist() == [60, 0, 30, 10] and torch.equal(labels[x], y)
+    assert len(x.unique()) == 100 and torch.equal(x, again)
 
 
 def test_a_folder_of_images(folder, here):
@@ -684,6 +684,18 @@ def test_resume_is_bit_identical_and_run_json_tells_what_was_done(
         )
 
 
+def test_best_pt_holds_the_student_of_the_best_probe(folder, here, monkeypatch):
+    scores = iter([50, 30, 40, 40, 35])  # of the teacher, then after steps 1 to 4
+    monkeypatch.setattr(
+        probe, "evaluate", lambda *_, **__: dict.fromkeys(distill.PROBES, next(scores))
+    )
+    run(folder, "--steps 4 --eval-every 1")
+    teacher, student, config = distill.load_checkpoint("a/best.pt")
+    assert config["step"] == 2
+    last = distill.load_checkpoint("a")[1]
+    assert distill.fingerprint(student) != distill.fingerprint(last)
+
+
 def test_a_run_killed_before_it_writes_its_log_goes_on_to_the_same(folder, here):
     options = "--steps 2 --log-every 1 --init-eps inf"
     whole = run(folder, options)
@@ -716,7 +728,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_nor_lost(folder, here):
         f"distill.py {SMALL} --dataset {folder} {more} --resume", preexec_fn=limit
     )
     one_line(done, "cannot write a/last.pt", "disk")
-    assert {*os.listdir("a")} == {"last.pt", "log.csv", "run.json"}
+    assert {*os.listdir("a")} == {"best.pt", "last.pt", "log.csv", "run.json"}
     run(folder, "--steps 2 --resume")
     assert last.read_bytes() == before
     checkpoint["student"]["projector.0.weight"][
@@ -1558,7 +1570,8 @@ def test_jobs_have_outputs_of_their_own_that_the_report_knows(seeds):
         if line.endswith("2"):
             stage1 = stage1 or set(outputs)
         _, words, options, out = parsed(line)
-        reads = {Path(word) for word in words if word.startswith("runs/")} - {out}
+        reads = {Path(word.removesuffix("/best.pt")) for word in words if word.startswith("runs/")}
+        reads -= {out}
         assert (
             reads <= stage1 and bool(reads) == bool(stage1) and out not in outputs
         ), line

@@ -16,7 +16,7 @@ from statistics import mean
 import numpy as np
 
 from distill import (
-    PROBES, Problem, make_parser, new_figure, read_json, run_cli, save_figure, write_atomically)
+    PROBES, Problem, make_parser, new_figure, read_json, run_cli, save_figure, write_text)
 from landscape import barrier, read_npz
 from probe import mean_std
 
@@ -29,9 +29,9 @@ seeds.
 
 - **luckiest** is the number to hold beside the paper's, which are maxima: of a student, over all
   probes of its run, but for the one before its first step; of a teacher, of raw pixels and of a
-  student on other data, over the draws of its linear probe (initial weights, order of images). The
-  notes say how many; the paper had 100 to 150. **honest** is the number to believe: of a student,
-  its last probe; else the mean of the draws.
+  run's best student on other data, over the draws of its linear probe (initial weights, order of
+  images). The notes say how many; the paper had 100 to 150. **honest** is the number to believe: of
+  a student, its last probe; else the mean of the draws.
 - **converged** is a linear probe that the paper does not have: standardised features, trained to
   its optimum (of a student: at the end of its run). It does not depend on how features are scaled.
 - **verdict**: *agrees* if ours is within 2 points of the paper or within two of our standard
@@ -108,8 +108,15 @@ Begun but not finished: {sections[unfinished]}.
 
 # ---- What we have --------------------------------------------------------------------------------
 
-def read_run(file):
-    """(settings and log, how much remains to do) of a directory of distill.py or prune.py."""
+FILES = ("paper/*/run.json", "mini/*/run.json", "paper/*/prune-*/config.json",
+         "paper/*/connect/connect.npz", "paper/fig5-shared.npz")
+
+
+def read_result(file):
+    """(settings with log or arrays, how much remains to do) of one of these files."""
+    if file.suffix == ".npz":
+        config, arrays = read_npz(file)
+        return config | arrays, len(arrays.get("points", ())) - len(arrays.get("kl", ()))
     run = read_json(file)
     rows = [{column: float(cell) for column, cell in row.items() if cell not in ("", "nan")}
             for log in file.parent.glob("log.csv")  # none yet where a run has only begun
@@ -124,20 +131,7 @@ def read_run(file):
     return run | {"rows": rows}, run.get("total_steps", run.get("rounds")) - done
 
 
-def read_landscape(file):
-    """The same of a file of landscape.py."""
-    config, arrays = read_npz(file)
-    return config | arrays, len(arrays.get("points", ())) - len(arrays.get("kl", ()))
-
-
-READERS = {
-    "paper/*/run.json": read_run,
-    "mini/*/run.json": read_run,
-    "paper/*/prune-*/config.json": read_run,
-    "paper/*/connect/connect.npz": read_landscape,
-    "paper/fig5-shared.npz": read_landscape,
-}
-SEED = r"( \S*/\S*)?[- ]seed ?\d+"  # with the path of a student that probe.py names
+SEED = r"( \S*/\S*)?[- ]seed ?\d+(/best.pt)?"  # with the path that probe.py gives a student
 
 
 def read_results(root):
@@ -145,13 +139,12 @@ def read_results(root):
     results, unfinished = defaultdict(dict), []
     for file in sorted(root.glob("paper/*.json")):
         for name, probes in read_json(file).items():
-            best = probes | {"linear_paper": probes["linear_paper_max"]}
             results[f"{file.name}: {re.sub(SEED, '', name)}"][name] = probes | {
-                "end": probes, "best": best}
-    for pattern, read in READERS.items():
+                "end": probes, "best": probes | {"linear_paper": probes["linear_paper_max"]}}
+    for pattern in FILES:
         for file in sorted(root.glob(pattern)):
             name = re.sub(r"^paper/|/\w+\.json$|\.npz$", "", os.path.relpath(file, root))
-            result, remaining = read(file)
+            result, remaining = read_result(file)
             if remaining:
                 unfinished.append(f"{name} ({remaining:,.0f} to go)")
             if not remaining or "best" in result:
@@ -406,14 +399,15 @@ def main(argv=None):
             continue
         seeds = sorted(set.intersection(*map(set, groups)))  # only these have the same teachers
         groups = [[group[seed] for seed in seeds] for group in groups]
+        runs = sum(groups, [])
         rule = globals().get(row["rule"])  # one of the functions above
         *cells, verdict = judge(rule, groups) if rule else compare(row, *groups, teachers_off)
-        if any(run.get("remaining") for run in sum(groups, [])):
+        if any(run.get("remaining") for run in runs):
             verdict = "unfinished"
         verdicts.append(verdict)
         sections[row["artefact"]] += (
             f"| {row['row']} | {row['value'] or rule.__doc__} | {' | '.join(cells)} "
-            f"| {verdict} | {cite(sum(groups, []), notes)} |\n")
+            f"| {verdict} | {cite(runs, notes)} |\n")
     summary = f"{len(verdicts)} rows: " + ", ".join(
         f"{verdicts.count(verdict)} {verdict}" for verdict in sorted(set(verdicts)))
     if teachers_off:
@@ -442,8 +436,7 @@ def main(argv=None):
         for file in sorted(args.figures.glob("*.png")):
             sections["pictures"] += (
                 f"**{file.stem}**\n\n![{file.stem}]({os.path.relpath(file, args.out.parent)})\n\n")
-        page = PAGE.format(args=args, summary=summary, sections=sections).encode()
-        write_atomically(args.out, lambda file: file.write(page))
+        write_text(args.out, PAGE.format(args=args, summary=summary, sections=sections))
     print(f"{args.out}: {summary}")
 
 
