@@ -212,7 +212,7 @@ def random_network(seed, *args, **settings):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu",
                                     generator=generator)
         elif isinstance(module, nn.Linear):
-            # the paper's trunc_normal_ cuts at ±2, a hundred std away, and draws anew in torch 2.14
+            # trunc_normal_, the paper's, cuts a hundred std away; torch 2.11 draws otherwise by it
             nn.init.normal_(module.weight, std=0.02, generator=generator)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
@@ -768,7 +768,7 @@ def save_checkpoint(path, script, **content):
 
 def run_folder(path):
     """The directory of a run that is named by it, or by a checkpoint in it."""
-    return path.parent if path.suffix == ".pt" else path
+    return path.parent if path.suffix == ".pt" or path.is_file() else path
 
 
 def read_checkpoint(path, script="distill.py"):
@@ -1193,8 +1193,9 @@ def main(argv=None):
         check_undisturbed(args.out / "log.csv", LOG_COLUMNS, log)
         log.append(row)
         if saving:
-            # the student of the best probe so far is the paper's in Fig. 9 and Tables 2 and 4
-            if row is max(log[1:], key=lambda row: row.get("linear_paper", 0), default=None):
+            # the paper's Fig. 9 takes the student of the best probe; we do in Tables 2 and 4, too
+            probed = [row for row in log[1:] if "linear_paper" in row]
+            if row is max(probed, key=lambda row: row["linear_paper"], default=None):
                 save("best.pt", "teacher", "student")
             save("last.pt", *state)
             write_json(args.out / "run.json", {**config, **about})

@@ -4,7 +4,7 @@
     a=runs/cifar10-vgg11-eps1e-10-seed0 b=runs/cifar10-vgg11-epsinf-seed0
     python landscape.py plane $a $b                  the teacher and both students (Fig. 5)
     python landscape.py plane $b                     the teacher, a student's start and its end
-    python landscape.py connect runs/cifar10-resnet18-eps0-seed0    one basin? (Fig. 9)
+    python landscape.py connect runs/cifar10-resnet18-eps0-seed0/best.pt    one basin? (Fig. 9)
     python landscape.py plot $b/*.npz --figure planes.png           draws what these computed
 
 `plane` lays a plane through three points of weight space, say the teacher θ_T and two students
@@ -318,7 +318,8 @@ INITS = "distilled student", "random init"
 
 def connect_args(argv):
     parser, add = make_parser(connect.__doc__, "landscape.py connect")
-    parser.add_argument("run", type=Path, help="run directory of distill.py")
+    parser.add_argument("run", type=Path,
+                        help="run directory of distill.py, for its last student, or its best.pt")
     add("--copies", "fine-tuned copies of each start", 5, type=number(int, 2))
     add("--points", "points on each line, its two ends among them", 50, type=number(int, 3))
     add_fine_tuning_options(add)

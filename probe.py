@@ -3,7 +3,7 @@
 
     python probe.py runs/cifar10-resnet18-eps0-seed0              one run, on the data of that run
     python probe.py runs/*-resnet18-eps0-seed*                    several seeds: mean ± std
-    python probe.py runs/imagenet-folder-run --dataset cifar10    transfer (Tables 2 and 4)
+    python probe.py runs/tiny-run/best.pt --dataset cifar10       transfer (Tables 2 and 4)
     python probe.py --teacher vgg11 resnet18 --dataset cifar10    random teachers, no run needed
 
 Three probes, because they disagree, and the disagreement teaches something (README): the paper's
@@ -201,7 +201,7 @@ def print_table(rows, draws):
 
 
 def draw(path, runs, levels):
-    """Accuracy of every probe over training steps, from each run's log, and `levels` {label:
+    """Accuracy of every probe over training steps, from each checkpoint's log, and `levels` {label:
     probes}.
     """
     logs = [read_checkpoint(run)["log"] for run in runs]
@@ -210,7 +210,7 @@ def draw(path, runs, levels):
         for run, log, marker in zip(runs, logs, "os^Dvx" * len(runs)):
             rows = [row for row in log if probe in row]
             axis.plot([row["step"] for row in rows], [row[probe] for row in rows], marker=marker,
-                      label=f"student {run.name}")
+                      label=f"student {run_folder(run).name}")
         for (label, probes), style in zip(levels.items(), ("dotted", "solid")):
             axis.axhline(probes[probe], color="black", linestyle=style, linewidth=1, label=label)
         axis.set(title=title, xlabel="distillation step", ylabel="test accuracy (%)")
@@ -261,11 +261,12 @@ def encoders_of(args, runs, image_size, data):
         encoder = random_network(2 * seed, arch, 1, image_size).encoder
         yield from controls(f"teacher {arch}", "", f"teacher {arch} seed {seed}", encoder)
     for path, (teacher, student, config) in runs.items():
-        run = re.sub("-?seed[0-9]+$", "", run_folder(path).name)
+        run = re.sub("-?seed[0-9]+$", "", run_folder(path).absolute().name)
+        which = ", best probe" if path.name == "best.pt" else progress(config)
         label = f"teacher of {run}" if config["teacher"] else f"teacher {config['arch']}"
         references = {"teacher": f"teacher of {path}"}
         yield from controls(label, config["norm"], references["teacher"], teacher)
-        alike = str({**config, **dict.fromkeys((*MAY_CHANGE, "seed"))})
+        alike = str({**config, **dict.fromkeys((*MAY_CHANGE, "seed", "step", "total_steps"))})
         alike = re.sub("seed[0-9]+", "", alike)  # also in the path of another run, --teacher
         if config["init_eps"] > 0:
             shape = (config["arch"], 1, config["image_size"], config["norm"])
@@ -273,7 +274,7 @@ def encoders_of(args, runs, image_size, data):
             init_student(teacher, start, config["init_eps"])
             yield f"start of {run}", alike, f"start of {path}", start, references
             references = references | {"start": f"start of {path}"}
-        yield f"student {run}{progress(config)}", alike, f"student {path}", student, references
+        yield f"student {run}{which}", alike, f"student {path}", student, references
 
 
 def main(argv=None):

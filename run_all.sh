@@ -133,7 +133,7 @@ gpu() {  # there is one, or none is needed
     [ -n "$TOY" ] || [ "${ON_CPU:-}" = 1 ] || "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
         fail "no GPU. On two CPU cores a ResNet18's step with 256 images takes 1.4 s (measured, bf16): 8 hours for a
 distillation of 19,600 steps, 13 days for a curve of Fig. 8. The $(list | wc -l) jobs, $(list 2 | grep -c prune) such
-curves among them, take months (all seeds: over a year) and 150 GB for checkpoints. A CPU can do \`bash run_all.sh
+curves among them, take months (all seeds: over a year) and 170 GB for checkpoints. A CPU can do \`bash run_all.sh
 quick\` (minutes) and \`mini\` (hours); \`ON_CPU=1 bash run_all.sh\` starts all the same"
 }
 
@@ -151,7 +151,7 @@ run() {  # STAGES: all their jobs, as many at once as there are GPUs; the report
     rm -f $LOGS/failed; for stage in "$@"; do [ ! -e $LOGS/failed ] || break  # stage 2 wants all students of stage 1
         echo "$(list "$stage" | wc -l) jobs of stage $stage, $JOBS at once; their output: $LOGS/"
         list "$stage" | xargs -d '\n' -n 1 -P "$JOBS" --process-slot-var=SLOT bash run_all.sh job; done
-    (report) || echo "bash run_all.sh report" >>$LOGS/failed
+    (report) || echo "${TOY:+TOY=$TOY }bash run_all.sh report" >>$LOGS/failed
     [ ! -e $LOGS/failed ] || fail "$(wc -l <$LOGS/failed) jobs failed; run this again, or one by one: $LOGS/failed"
 }
 

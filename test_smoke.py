@@ -727,7 +727,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_nor_lost(folder, here):
     done = cli(
         f"distill.py {SMALL} --dataset {folder} {more} --resume", preexec_fn=limit
     )
-    one_line(done, "cannot write a/last.pt", "disk")
+    one_line(done, "cannot write a/", "disk")
     assert {*os.listdir("a")} == {"best.pt", "last.pt", "log.csv", "run.json"}
     run(folder, "--steps 2 --resume")
     assert last.read_bytes() == before
@@ -954,10 +954,11 @@ def test_unfinished_runs_are_named_and_not_averaged(folder, here, capsys):
     distill.save_checkpoint(
         Path("s-seed1/last.pt"), "distill.py", **{**checkpoint, "step": 1}
     )
-    probe.main(["s-seed0", "s-seed1"])
+    probe.main(["s-seed0", "s-seed1", "s-seed0/best.pt"])
     prune.main(f"s-seed1 --rounds 0 --epochs 1 {FLOAT32}".split())
     out = capsys.readouterr().out
-    assert "student s (step 1 of 2) " in out and "student s  " in out
+    for label in ("student s (step 1 of 2) ", "student s  ", "student s, best probe "):
+        assert label in out, label
     assert "weights of s-seed1 (step 1 of 2) on" in out
 
 

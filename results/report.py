@@ -237,7 +237,7 @@ def beats_its_teacher(*student):
 
 
 def flat_then_lower(*by_alpha):
-    """Within 2 points for α ≤ 0.6; lower at α = 1, and still above the teacher."""
+    """Within 2 points for α ≤ 0.6; lower at α = 1, whose last probe is above the teacher's."""
     *flat, _, independent = means(by_alpha)  # α = 0.8 may be either
     at_its_end, teacher = means(by_alpha, "end")[-1], means(by_alpha, "teacher")[-1]
     return (f"α = 0, 0.09, 0.33, 0.6, 0.8, 1: {listed(by_alpha)}; teacher {teacher:.2f}, α = 1 at "
