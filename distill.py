@@ -212,7 +212,7 @@ def random_network(seed, *args, **settings):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu",
                                     generator=generator)
         elif isinstance(module, nn.Linear):
-            # trunc_normal_, the paper's, cuts a hundred std away; torch 2.11 draws otherwise by it
+            # not trunc_normal_, the paper's: it cuts at 100 std, and its draws depend on the torch
             nn.init.normal_(module.weight, std=0.02, generator=generator)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
@@ -395,7 +395,8 @@ def load_data(name, image_size=32, data_dir="data", mirror=None, n=None, device=
 
 
 def stratified_subset(x, y, n):
-    """n of the images x and of their labels y, each class in its share up to one; None keeps all.
+    """n of the images x (N, ...) and labels y (N,), each class in its share up to one; None keeps
+    all.
 
     This looks at labels, as the paper's balanced subsets do (Fig. 4). Raises Problem if n exceeds
     what there is.

@@ -728,6 +728,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_nor_lost(folder, here):
         f"distill.py {SMALL} --dataset {folder} {more} --resume", preexec_fn=limit
     )
     one_line(done, "cannot write a/", "disk")
+    assert re.search("a/(best|last).pt", done.stderr)  # whichever came first
     assert {*os.listdir("a")} == {"best.pt", "last.pt", "log.csv", "run.json"}
     run(folder, "--steps 2 --resume")
     assert last.read_bytes() == before
@@ -1699,7 +1700,7 @@ def test_verdicts_follow_their_rule(tmp_path):
     report.main(args)
     text = page.read_text()
     for row in """\
-cifar10, resnet18, student | 44.67 | 41.75 ± 0.35 (2) | 40.75 ± 1.06 | -2.92 | 50.75 ± 1.06 | lower
+cifar10, resnet18, student | 44.67 | 41.75 ± 0.35 (2) | 40.75 ± 1.06 | -2.92 | 50.75 ± 1.06 | lower | [1]
 cifar10, resnet18, student | 46.02 | 46.75 ± 0.35 (2) | 45.75 ± 1.06 | +0.73 | 50.75 ± 1.06 | agrees
 cifar100, vgg11, student | 26.62 | 20.00 (1) | 20.00 | -6.62 | 25.00 | lower | [1] |
 vgg11, student | 51.98 | 50.00 (1) | 50.00 | -1.98 | 55.00 | unfinished
