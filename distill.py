@@ -989,7 +989,7 @@ def parse_args(argv=None):
     add("--n-samples", "distil on so many training images, each class in its share (default: all)",
         type=POSITIVE)
     add("--image-size", "images become so many pixels square; those of a folder keep their shape "
-        "and are cropped", 32, type=number(int, 8))
+        "and are cropped", 32, type=number(int, 16))
     add("--out-dim", "number of logits m; 1024 spares a CPU much work and costs little (Fig. 10)",
         2**16, type=POSITIVE)
     add("--norm", "what normalises a ResNet's activations (Fig. 11)", "batch", choices=NORMS)

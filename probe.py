@@ -236,7 +236,7 @@ def parse_args(argv=None):
     add("--figure", "also draw accuracy over steps to this file (.png, .pdf, .svg)", type=picture)
     add_common_options(add, amp="off")
     args = parser.parse_args(argv)
-    if not args.runs and not (args.teacher and args.dataset):
+    if bool(args.runs) == bool(args.teacher) or args.teacher and not args.dataset:
         parser.error("name one or more run directories, or --teacher ARCH --dataset DATA")
     if args.figure and not args.runs:
         parser.error("--figure draws runs: name one or more run directories")

@@ -915,7 +915,7 @@ def test_probe_table_json_figure_and_resume(folder, here, capsys, monkeypatch):
     text, found = capsys.readouterr().out, json.loads(Path("t.json").read_text())
     assert re.search(
         r"teacher resnet20 \(2 seeds\) .* ± .*\nteacher resnet20, calibrated .*\n"
-        r"  gain over its teacher .*\nstudent s \(2 seeds\) .* ± .*\n  gain over its teacher +[+-]",
+        r"  gain over its .*\nstudent s \(2 seeds\) .* ± .*\n  gain over its teacher +[+-]",
         text
     )
     student = found["student s-seed1"]
@@ -974,7 +974,9 @@ def test_unfinished_runs_are_named_and_not_averaged(folder, here, capsys):
         ("distill --bottleneck w/l", "w goes with l"),
         ("distill --arch vgg11 --image-size 16", "at least 32"),
         ("distill --arch vit-base-p8 --image-size 36", "patch size, 8"),
+        ("distill --image-size 8", "at least 16"),
         ("probe", "name one or more"),
+        ("probe a --teacher vgg11 --dataset leaves", "name one or more"),
         ("probe a --figure a.txt", ".png"),
         ("probe a --amp auto", "invalid choice: 'auto'"),
         ("prune a --rewind-epoch 3 --epochs 3", "--rewind-epoch 3 is beyond"),
@@ -1606,7 +1608,7 @@ def test_a_toy_job_of_each_kind_runs(here, monkeypatch):
         line = next(line for line in lines if pattern in line)
         # the smallest images are quickest
         main, words, _, out = parsed(
-            line.replace("18 --seed", "18 --image-size 8 --seed")
+            line.replace("18 --seed", "18 --image-size 16 --seed")
         )
         main(words)
         assert out.exists() and out.is_relative_to("runs/toy/paper"), words
