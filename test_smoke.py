@@ -1702,7 +1702,7 @@ def test_verdicts_follow_their_rule(tmp_path):
     report.main(args)
     text = page.read_text()
     for row in """\
-cifar10, resnet18, student | 44.67 | 41.75 ± 0.35 (2) | 40.75 ± 1.06 | -2.92 | 50.75 ± 1.06 | lower | [1]
+resnet18, student | 44.67 | 41.75 ± 0.35 (2) | 40.75 ± 1.06 | -2.92 | 50.75 ± 1.06 | lower | [1]
 cifar10, resnet18, student | 46.02 | 46.75 ± 0.35 (2) | 45.75 ± 1.06 | +0.73 | 50.75 ± 1.06 | agrees
 cifar100, vgg11, student | 26.62 | 20.00 (1) | 20.00 | -6.62 | 25.00 | lower | [1] |
 vgg11, student | 51.98 | 50.00 (1) | 50.00 | -1.98 | 55.00 | unfinished
@@ -1787,5 +1787,5 @@ def test_the_committed_report_and_pictures_come_from_the_committed_logs(here):
     landscape.main(["plot", str(logs / "cpu/plane.npz"), "--figure", "plane.png"])
     landscape.main(["plot", str(logs / "cpu/connect-seed0.npz"), "--figure", "lines.png"])
     prune.main(
-        ["plot", *map(str, logs.glob("cpu/tickets/*rewind?-seed?")), "--figure", "tickets.png"]
+        ["plot", *map(str, logs.glob("cpu/tickets/*-seed?")), "--figure", "tickets.png"]
     )
