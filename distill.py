@@ -212,7 +212,7 @@ def random_network(seed, *args, **settings):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu",
                                     generator=generator)
         elif isinstance(module, nn.Linear):
-            # not trunc_normal_, the paper's: it cuts at 100 std, and its draws depend on the torch
+            # not trunc_normal_, the paper's: it cuts at 100 std, and its draws change with torch
             nn.init.normal_(module.weight, std=0.02, generator=generator)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)

@@ -915,7 +915,8 @@ def test_probe_table_json_figure_and_resume(folder, here, capsys, monkeypatch):
     text, found = capsys.readouterr().out, json.loads(Path("t.json").read_text())
     assert re.search(
         r"teacher resnet20 \(2 seeds\) .* ± .*\nteacher resnet20, calibrated .*\n"
-        r"  gain over its .*\nstudent s \(2 seeds\) .* ± .*\n  gain over its teacher +[+-]",
+        r"  gain over its teacher .*\nstudent s \(2 seeds\) .* ± .*\n"
+        r"  gain over its teacher +[+-]",
         text
     )
     student = found["student s-seed1"]
@@ -1702,7 +1703,8 @@ def test_verdicts_follow_their_rule(tmp_path):
     report.main(args)
     text = page.read_text()
     for row in """\
-resnet18, student | 44.67 | 41.75 ± 0.35 (2) | 40.75 ± 1.06 | -2.92 | 50.75 ± 1.06 | lower | [1]
+cifar10, resnet18, student | 44.67 | 41.75 ± 0.35 (2) | 40.75 ± 1.06 | -2.92 | 50.75 ± 1.06 \
+| lower | [1]
 cifar10, resnet18, student | 46.02 | 46.75 ± 0.35 (2) | 45.75 ± 1.06 | +0.73 | 50.75 ± 1.06 | agrees
 cifar100, vgg11, student | 26.62 | 20.00 (1) | 20.00 | -6.62 | 25.00 | lower | [1] |
 vgg11, student | 51.98 | 50.00 (1) | 50.00 | -1.98 | 55.00 | unfinished
