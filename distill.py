@@ -54,10 +54,10 @@ def channel_stats(images):
 
     From histograms: exact, and 15 times as fast as from the pixels.
     """
-    counts = torch.stack([channel.flatten().bincount(minlength=256)
-                          for channel in images.unbind(1)]).double()
-    values = torch.arange(256).to(counts)
-    mean, square = ((counts * values**power).sum(1) / counts.sum(1) for power in (1, 2))
+    shares = torch.stack([channel.flatten().bincount(minlength=256)
+                          for channel in images.unbind(1)]).double() / images[:, 0].numel()
+    values = torch.arange(256).to(shares)
+    mean, square = shares @ values, shares @ values**2
     std = (square - mean**2).clamp(min=1e-6).sqrt()
     return tuple(moment.float().view(1, 3, 1, 1) for moment in (mean, std))
 
@@ -297,8 +297,8 @@ class KLDivergence(torch.autograd.Function):
 
 
 def kl_by_log_softmax(teacher_logits, student_logits):
-    """The same KL as one usually writes it; kept for its rounding noise (README, "The fixed
-    point").
+    """The same KL as one usually writes it, kept for its rounding noise (README, "The fixed
+    point"); landscape.py takes it in float64.
     """
     return F.kl_div(student_logits.log_softmax(1), teacher_logits.log_softmax(1),
                     reduction="batchmean", log_target=True)
@@ -436,13 +436,8 @@ def stack(pairs, read=np.asarray):
     """n pairs of an image, as `read` understands it, and a label: images (n, 3, s, s) uint8 and
     labels (n,).
     """
-    labels = torch.empty(len(pairs), dtype=torch.int64)
-    for i, (image, label) in enumerate(pairs):
-        pixels = read(image)
-        if i == 0:  # at once, so that what does not fit into memory is an error now
-            images = np.empty((len(pairs), *pixels.shape), np.uint8)
-        images[i], labels[i] = pixels, label
-    return torch.from_numpy(images).permute(0, 3, 1, 2), labels
+    images, labels = zip(*((read(image), label) for image, label in pairs))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
 
 
 def archive(name, data_dir, mirror):
@@ -863,7 +858,7 @@ def check_same(out, begun_with, config, may_change=MAY_CHANGE):
     for key in config:
         if begun_with.get(key) != config[key] and key not in may_change:
             raise Problem(f"{out} does not fit: it was run with --{key.replace('_', '-')} "
-                          f"{begun_with.get(key)}, not {config[key]}")
+                          f"{begun_with.get(key)}, not {config[key]}: name another")
 
 
 def checkpoint_to_resume(args, script="distill.py", may_change=MAY_CHANGE):
@@ -892,23 +887,15 @@ def checkpoint_to_resume(args, script="distill.py", may_change=MAY_CHANGE):
 
 def number(kind, low, high=math.inf):
     """An argparse type: a number of `kind`, int or float, from `low` to `high`."""
-    def parse(text):
+    def number(text):
         value = kind(text)
         if not low <= value <= high:  # so written, it refuses nan too
             raise argparse.ArgumentTypeError(f"must be at least {low} and at most {high}")
         return value
-    return parse
+    return number
 
 
 POSITIVE, SEED = number(int, 1, 2**31), number(int, 0, 2**62)
-
-
-def bottleneck_parts(text):
-    """An argparse type: the parts of two NormalizedLinear layers, such as lf/wl."""
-    if not re.fullmatch("(w?lf?|f?)/(w?lf?|f?)", text):
-        raise argparse.ArgumentTypeError("wants the parts of two layers, w, l and f, such as "
-                                         "lf/wl; w goes with l")
-    return text
 
 
 def picture(text):
@@ -925,7 +912,7 @@ def make_parser(doc, prog=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add(name, help, default=None, **options):
-        shown = "" if default in (None, False) else f" (default: {default})"
+        shown = "" if default is None or default is False else f" (default: {default})"
         parser.add_argument(name, default=default, help=help + shown, **options)
     return parser, add
 
@@ -995,7 +982,8 @@ def parse_args(argv=None):
     add("--norm", "what normalises a ResNet's activations (Fig. 11)", "batch", choices=NORMS)
     add("--bottleneck", "what of the projector's and the network's last layers is on: w, rows of "
         "unit length; l, the linear map; f, output of unit length (Fig. 12). lf/l is the released "
-        "code: the KL is 10 times smaller", "lf/wl", type=bottleneck_parts)
+        "code: the KL is 10 times smaller", "lf/wl",
+        choices=("lf/wl", "lf/l", "l/wl", "l/l", "f/wl", "lf/"))
     add("--teacher", "run directory whose student is the teacher, not a random network: a second "
         "round (Fig. 18)")
     add("--loss", "kl-log-softmax is the KL computed the usual way, off by several per cent at "
@@ -1015,7 +1003,7 @@ def parse_args(argv=None):
     add("--out", "run directory (default: runs/<dataset>-<arch>-eps<ε>-seed<seed>)", type=Path)
     add_common_options(add)
     args = parser.parse_args(argv)
-    if args.dataset == "noise" and args.probe_dataset in (None, "noise"):
+    if (args.probe_dataset or args.dataset) == "noise":
         parser.error("noise has no labels: name a labelled data set with --probe-dataset, for "
                      "example leaves")
     if args.arch.startswith("vgg") and args.image_size < 32:

@@ -354,8 +354,9 @@ def connect(argv):
     config = full_config(args, images, test_x, starts.values(), distilled, device)
     copies = []  # state dicts, the student's first
     if checkpoint:
-        check_same(args.out, checkpoint["config"], config, FREE | {"distilled"})
-        copies = checkpoint["copies"]
+        begun_with, copies = checkpoint["config"], checkpoint["copies"]
+        check_same(args.out, begun_with, config, FREE | {"distilled"})
+        config["made"] = [*np.ravel(begun_with["made"]), config["made"]]
     npz = args.out / "connect.npz"
     if npz.exists():
         return say(f"{npz} is complete; to see it: python landscape.py plot {npz}")
@@ -394,8 +395,7 @@ def connect(argv):
     ts, pairs = np.linspace(0, 1, args.points), list(itertools.combinations(range(args.copies), 2))
     errors = np.array([[error_along_line(copies[i + a], copies[i + b], ts, error)
                         for a, b in pairs] for i in (0, args.copies)])
-    save_npz(npz, config,
-             {"t": ts, "error": errors})
+    save_npz(npz, config, {"t": ts, "error": errors})
     for init, lines in zip(INITS, errors):
         say(f"{init}: {summary(lines)}")
     say(f"{npz} is complete; to see it: python landscape.py plot {npz}")

@@ -139,7 +139,7 @@ def calibrated(encoder, images, stats, n=5000):
     and variance 1: is that all the difference?
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n]
-    chosen, encoder = images[order.to(images.device)], deepcopy(encoder)
+    chosen, encoder = images[order], deepcopy(encoder)
     batches = chosen.tensor_split(math.ceil(len(chosen) / 500))  # of one size: all count alike
     update_bn((normalise(x, stats) for x in batches), encoder)
     return encoder
@@ -224,7 +224,7 @@ def parse_args(argv=None):
     parser, add = make_parser(__doc__)
     parser.add_argument("runs", nargs="*", type=Path,
                         help="run directories of distill.py, or checkpoint files")
-    add("--teacher", f"probe random teachers of these kinds, without a run: {', '.join(ARCHS)}", [],
+    add("--teacher", f"probe random teachers of these kinds, without a run: {', '.join(ARCHS)}",
         nargs="+", choices=ARCHS, metavar="ARCH")
     add("--seeds", "of the random teachers, with --teacher; those of distill.py's runs with the "
         "same --seed", [0], nargs="+", type=SEED, metavar="SEED")
@@ -257,7 +257,7 @@ def encoders_of(args, runs, image_size, data):
             yield f"{label}, calibrated", alike, f"{name}, calibrated", copy, {"teacher": name}
 
     yield "raw pixels", "", "raw pixels", nn.Flatten(), {}
-    for arch, seed in itertools.product(args.teacher, args.seeds):
+    for arch, seed in itertools.product(args.teacher or (), args.seeds):
         encoder = random_network(2 * seed, arch, 1, image_size).encoder
         yield from controls(f"teacher {arch}", "", f"teacher {arch} seed {seed}", encoder)
     for path, (teacher, student, config) in runs.items():
@@ -291,14 +291,15 @@ def main(argv=None):
     # Runs, and the data that they have in common
     device = pick_device(args.device)
     runs = {path: load_checkpoint(path, device) for path in args.runs}
-    logged = [config["probe_dataset"] or config["dataset"] for *_, config in runs.values()]
-    used = {(args.dataset or own, config["image_size"])
-            for own, (*_, config) in zip(logged, runs.values())} or {(args.dataset, 32)}
-    if len(used) > 1:
-        raise Problem(f"these runs use data of different kinds or sizes, {sorted(used)}: probe "
-                      "them apart, or name one kind with --dataset")
-    (dataset, image_size), = used
-    if args.figure and {dataset} != {*logged}:
+    configs = [config for *_, config in runs.values()]
+    logged = {config["probe_dataset"] or config["dataset"] for config in configs}
+    datasets = {args.dataset} if args.dataset else logged
+    sizes = {config["image_size"] for config in configs} or {32}
+    if len(datasets) > 1 or len(sizes) > 1:
+        raise Problem(f"these runs use data of different kinds or sizes, {datasets} and {sizes}: "
+                      "probe them apart, or name one kind with --dataset")
+    (dataset,), (image_size,) = datasets, sizes
+    if args.figure and logged != {dataset}:
         raise Problem(f"--figure draws what the runs' logs hold, and that is not of {dataset}")
     data = load_data(dataset, image_size, args.data_dir, args.mirror, device=device)
     if len(data.test_y) == 0:

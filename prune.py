@@ -84,7 +84,7 @@ def apply_mask(weights, mask):
 
 # accuracies in % of the test images; the best over all epochs' ends, as the paper has it
 LOG_COLUMNS = ("round", "weights_left", "best_accuracy", "final_accuracy", "seconds")
-FREE = (MAY_CHANGE - {"epochs"}) | {"run", "rounds"}  # what may change on --resume
+FREE = (MAY_CHANGE - {"epochs"}) | {"run", "rounds", "made"}  # what may change on --resume
 
 
 def parse_args(argv=None):
@@ -136,9 +136,12 @@ def main(argv=None):
                       "--dataset")
     images, labels = stratified_subset(data.train_x, data.train_y, args.n_samples)
     config = {**to_config(args), "n_images": len(labels),
-              "starting_weights": fingerprint(encoder), "distilled": distilled}
+              "starting_weights": fingerprint(encoder), "distilled": distilled,
+              "made": [provenance(device)]}
     if checkpoint:
-        check_same(args.out, checkpoint["config"], config, FREE | {"distilled"})
+        begun_with = checkpoint["config"]
+        check_same(args.out, begun_with, config, FREE | {"distilled"})
+        config["made"] = begun_with.get("made", []) + config["made"]
     stats, per_epoch = channel_stats(images), math.ceil(len(labels) / args.batch_size)
 
     network, optimizer, scaler = classifier(encoder, ARCHS[distilled["arch"]][1],
@@ -206,7 +209,7 @@ def main(argv=None):
         save_checkpoint(args.out / "last.pt", "prune.py", config=config,
                         network=network.state_dict(), mask=mask,
                         rewinding_point=rewinding_point, log=log)
-        write_json(args.out / "config.json", {**config, "made": provenance(device)})
+        write_json(args.out / "config.json", config)
         write_csv(args.out / "log.csv", LOG_COLUMNS, log)
         show(log[-1])
     say(f"{args.out}: all {args.rounds} rounds are done")
@@ -215,7 +218,7 @@ def main(argv=None):
 # ---- The curves and their picture, from config.json and log.csv alone ----------------------------
 
 # in which repeats of a curve may differ
-REPEATS = (FREE - {"steps"}) | {"seed", "starting_weights", "made", "distilled"}
+REPEATS = (FREE - {"steps"}) | {"seed", "starting_weights", "distilled"}
 
 
 def read_curve(folder):

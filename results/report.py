@@ -131,7 +131,7 @@ def read_result(file):
     return run | {"rows": rows}, run.get("total_steps", run.get("rounds")) - done
 
 
-SEED = r"( \S*/\S*)?[- ]seed ?\d+(/best.pt)?"  # with the path that probe.py gives a student
+SEED_IN_NAME = r"( \S*/\S*)?[- ]seed ?\d+(/best.pt)?"  # with the path that probe.py gives a student
 
 
 def read_results(root):
@@ -139,7 +139,7 @@ def read_results(root):
     results, unfinished = defaultdict(dict), []
     for file in sorted(root.glob("paper/*.json")):
         for name, probes in read_json(file).items():
-            results[f"{file.name}: {re.sub(SEED, '', name)}"][name] = probes | {
+            results[f"{file.name}: {re.sub(SEED_IN_NAME, '', name)}"][name] = probes | {
                 "end": probes, "best": probes | {"linear_paper": probes["linear_paper_max"]}}
     for pattern in FILES:
         for file in sorted(root.glob(pattern)):
@@ -148,7 +148,7 @@ def read_results(root):
             if remaining:
                 unfinished.append(f"{name} ({remaining:,.0f} to go)")
             if not remaining or "best" in result:
-                results[re.sub(SEED, "", name)][result.get("seed")] = result | {
+                results[re.sub(SEED_IN_NAME, "", name)][result.get("seed")] = result | {
                     "remaining": remaining}
     return results, unfinished
 
@@ -256,7 +256,9 @@ def asymmetric_valley(planes):
 def student_is_a_ticket(*groups):
     """Under 60 % of weights the student beats random init ℓ = 0; it is within 0.5 of ℓ = 1 or 2."""
     curves = [curve(group, "best_accuracy", "weights_left") for group in groups]
-    levels = [left for left in min(curves, key=len) if left < 60]
+    levels = [left for left in set.intersection(*map(set, curves)) if left < 60]
+    if not levels:
+        return "no such level in all curves", False
     student, *random = np.array([[mean(scores[left]) for left in levels] for scores in curves])
     ahead, *differences = student - random  # of ℓ = 0, and of the others
     nearer = max(np.minimum(*np.abs(differences)))
@@ -332,12 +334,12 @@ FIGURES = (  # file; how its runs are named, without their x if it is in the nam
     ("fig3.png", "fig3-resnet18-eps|fig3-vgg11-eps", "locality α"),
     ("fig4.png", "fig4-noise|fig4-n", "training images (log)"),
     ("fig10.png", "fig10-m", "logits m (log)"),
-    ("fig11.png", "fig11-.*", "epoch"),
-    ("fig12.png", "fig12-.*", "epoch"),
-    ("fig17.png", "raw-.*", "epoch"),
-    ("fig18.png", "cifar10-resnet18$|cifar10-vgg11$|fig18-.*", "epoch"),
+    ("fig11.png", "fig11-[^/]*$", "epoch"),
+    ("fig12.png", "fig12-[^/]*$", "epoch"),
+    ("fig17.png", "raw-[^/]*$", "epoch"),
+    ("fig18.png", "cifar10-resnet18$|cifar10-vgg11$|fig18-[^/]*$", "epoch"),
     ("mini-fig3.png", "mini/fig3-eps", "locality α"),
-    ("mini-fig17-plateau.png", "mini/plateau-.*", "epoch (log)"),
+    ("mini-fig17-plateau.png", "mini/plateau-[^/]*$", "epoch (log)"),
 )
 CURVES = {"linear_paper": "linear (paper)", "kl": "KL (nats, log)", "distance": "distance ‖θ−θ₀‖"}
 
@@ -346,7 +348,7 @@ def draw(results, folder, figure, names, x):
     """Draw one of FIGURES in three panels, unless it has no runs."""
     lines = defaultdict(dict)
     for name, group in results.items():
-        match = re.match(f"({names})(.*)", name)
+        match = re.match(f"({names})([^/]*)$", name)  # no pruning of it, no lines
         if match and group:
             number = float(match[2] or 0)  # in place of α its ε
             lines[match[1]][1 - 1 / (1 + number) if "α" in x else number] = group.values()
