@@ -167,12 +167,10 @@ def test_the_vit_attends_over_tokens_in_twelve_layers(arch, tokens):
     images = torch.randn(2, 3, 32, 32)
     before = encoder(images)
     assert shapes == [(2, tokens, 192)] * 12
-    assert not torch.allclose(
-        encoder(images.roll(16, 2)), before, atol=0.01
-    )  # positions count
-    images[
-        0, :, -8:, -8:
-    ] += 1  # the last patch of one image: another class token for that one
+    # positions count
+    assert not torch.allclose(encoder(images.roll(16, 2)), before, atol=0.01)
+    # the last patch of one image: another class token for that one
+    images[0, :, -8:, -8:] += 1
     change = (encoder(images) - before).abs().amax(1)
     assert change[0] > 0.01 and change[1] == 0
 
@@ -626,9 +624,8 @@ def test_at_eps_0_without_batch_norm_the_student_stays_exactly_put(
     assert capsys.readouterr().out.count("take --init-eps 1e-10") == 1
     pushed = run(folder, f"{options} --loss kl-log-softmax", "b")
     assert pushed["log"][-1]["distance"] > 0
-    run(
-        folder, "--steps 2 --log-every 1 --out-dim 1 --init-eps 1e-10", "c"
-    )  # one logit, no KL
+    # one logit, no KL
+    run(folder, "--steps 2 --log-every 1 --out-dim 1 --init-eps 1e-10", "c")
     out = capsys.readouterr().out
     assert "take --init-eps" not in out and out.count("has not moved") == 1
 
@@ -643,9 +640,8 @@ def test_a_second_round_has_the_first_rounds_student_as_teacher(folder, here):
         folder, "--out c --teacher a --out-dim 32", "a does not fit", "--out-dim 64"
     )
     shutil.rmtree("a")
-    resumed = run(
-        folder, "--steps 2 --teacher a --resume", "b"
-    )  # it keeps the teacher that it had
+    # it keeps the teacher that it had
+    resumed = run(folder, "--steps 2 --teacher a --resume", "b")
     assert resumed["step"] == 2 and same(resumed["teacher"], second["teacher"])
 
 
@@ -712,9 +708,8 @@ def test_a_run_is_neither_overwritten_nor_mixed_nor_lost(folder, here):
         "--amp off, not fp16"
     ):
         refused(folder, f"{more} --resume {re.sub(' .* ', ' ', change)}", change)
-    limit = lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (100_000, 100_000)
-    )  # a full disk
+    # a full disk
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     done = cli(
         f"distill.py {SMALL} --dataset {folder} {more} --resume", preexec_fn=limit
     )
@@ -723,9 +718,8 @@ def test_a_run_is_neither_overwritten_nor_mixed_nor_lost(folder, here):
     assert {*os.listdir("a")} == {"best.pt", "last.pt", "log.csv", "run.json"}
     run(folder, "--steps 2 --resume")
     assert last.read_bytes() == before
-    checkpoint["student"]["projector.0.weight"][
-        0, 0
-    ] = 1e38  # the next loss is not finite
+    # the next loss is not finite
+    checkpoint["student"]["projector.0.weight"][0, 0] = 1e38
     torch.save(checkpoint, last)
     before = last.read_bytes()
     refused(folder, f"{more} --resume", "no longer finite by step 4", "--lr")
@@ -1167,9 +1161,8 @@ def test_rewinding_is_bit_identical_but_for_the_mask(pair, here, monkeypatch, op
     total, kept = (sum(map(count, mask.values())) for count in (torch.numel, torch.sum))
     rate, skipped = 0.5 if "0.5" in options else 0.2, 4 * ("epoch" in options)
     assert kept == round(total * (1 - rate) ** 2)
-    vectors = (
-        2 * (16 + 32 + 64) * 7 + 3
-    )  # weights and biases of 21 batch norms, of the classifier
+    # weights and biases of 21 batch norms, of the classifier
+    vectors = 2 * (16 + 32 + 64) * 7 + 3
     assert total == 271_824 + 64 * 3 + (3 if "all" in options else 3 - vectors)
     (*_, seen), *later = rounds
     rates = [lr for _, _, lr in seen]
@@ -1182,11 +1175,8 @@ def test_rewinding_is_bit_identical_but_for_the_mask(pair, here, monkeypatch, op
             )
         changed = {name: weights[name] != w for name, w in point["network"].items()}
         assert not any(weights[name][c].any() for name, c in changed.items())
-        assert (
-            0
-            < sum(c.sum() for c in changed.values())
-            <= total * (1 - (1 - rate) ** number) + 1
-        )
+        n_changed = sum(c.sum() for c in changed.values())
+        assert 0 < n_changed <= total * (1 - (1 - rate) ** number) + 1
     for name, m in mask.items():  # and at the end of a round what is pruned is 0
         assert not checkpoint["network"][name][~m].any()
     encoder = distill.load_checkpoint(pair / "near")["--init" not in options]
@@ -1201,9 +1191,8 @@ def test_a_round_that_prunes_nothing_repeats_the_first_and_it_learns(pair, here)
         checkpoint["network"], prune_run(pair, "p", f"{options} --resume")["network"]
     )
     prune_run(pair, "q", "--init random --rounds 0 --epochs 10 --batch-size 8")
-    assert (
-        float(curve("q")[0]["final_accuracy"]) > 90
-    )  # three classes, which differ in brightness
+    # three classes, which differ in brightness
+    assert float(curve("q")[0]["final_accuracy"]) > 90
 
 
 @pytest.mark.parametrize(
@@ -1412,9 +1401,8 @@ def test_copies_differ_in_the_order_of_the_data_alone(folder, pair, here, monkey
     stats, (x, _) = distill.channel_stats(x), landscape.labelled_subset(x, y, None)
     batches = [distill.normalise(part, stats) for part in x.tensor_split(4)]
     for state, error in zip(copies, arrays["error"][:, 0, [0, -1]].flatten()):
-        network.load_state_dict(
-            state
-        )  # the ends: with batch norm's statistics averaged anew
+        # the ends: with batch norm's statistics averaged anew
+        network.load_state_dict(state)
         landscape.update_bn(batches, network.encoder)
         own = distill.classification_accuracy(network, *test, stats, "off")
         assert error == pytest.approx(100 - own)
@@ -1657,16 +1645,14 @@ def finished(root, name, *linear, steps=2, seed=0):
 def test_verdicts_follow_their_rule(tmp_path):
     finished(tmp_path, "cifar10-resnet18", 30, 47, 45)
     finished(tmp_path, "cifar10-resnet18", 30, 45, 46.5, seed=1)
-    finished(
-        tmp_path, "fig18-resnet18", 40, 41, 46, seed=1
-    )  # no other has this teacher
+    # no other has this teacher
+    finished(tmp_path, "fig18-resnet18", 40, 41, 46, seed=1)
     finished(tmp_path, "cifar100-vgg11", 60, 10, 20)  # step 0 is not the student's
     finished(tmp_path, "cifar10-vgg11", 30, 50)  # not at its end
     finished(tmp_path, "fig4-n500", 5, 50, 43.7)
     finished(tmp_path, "fig4-n1000", 5, 5, 10)
-    finished(
-        tmp_path, "fig4-n1000", 5, 5, 60, seed=1
-    )  # far off, but so are ours from each other
+    # far off, but so are ours from each other
+    finished(tmp_path, "fig4-n1000", 5, 5, 60, seed=1)
     for name in ("cifar10-resnet18", "raw-vgg11", "fig3-vgg11-eps4"):  # in figures, unlike these:
         ticket = tmp_path / f"paper/{name}-seed0/prune-student-rewind0"
         distill.write_json(ticket / "config.json", {"seed": 0, "rounds": 0})
