@@ -115,7 +115,7 @@ def cifar_resnet(n_blocks, image_size, norm):
 class ViT(nn.Module):
     """Vision transformer (Dosovitskiy et al. 2021) that applies one pre-norm layer twelve times.
 
-    So the paper's parameter counts have it, with patches of 16 pixels, though its text says 8
+    That sharing and patches of 16 pixels fit the paper's parameter counts; its text says 8 pixels
     (vit-*-p8). Emits the class token. In the paper's released code the heads of a token attend to
     each other; here, as usual, tokens attend to tokens.
     """
@@ -142,7 +142,9 @@ class ViT(nn.Module):
 
 
 VITS = {"vit-tiny": 192, "vit-small": 384, "vit-medium": 512, "vit-base": 768}
-ARCHS = {  # name: (what builds the encoder for an image size and a norm, width r of its embedding)
+# name: (what builds the encoder for an image size and a norm, width r of its embedding); those
+# called resnet*, and no others, have batch norm and take --norm
+ARCHS = {
     **{f"vgg{layers}": (partial(vgg, plan), 512) for layers, plan in zip((11, 13, 16, 19), "ABDE")},
     **{f"resnet{layers}": (partial(imagenet_resnet, layers), r)
        for layers, r in ((18, 512), (34, 512), (50, 2048))},
@@ -175,11 +177,11 @@ class NormalizedLinear(nn.Module):
 class Network(nn.Module):
     """Encoder (B, r), projector to unit vectors (B, 256), last layer to m logits (B, m) (App. E.1).
 
-    A logit is the cosine of the image's vector with one of m rows, so it lies in [-1, 1], and no KL
-    between two networks can exceed 2 nats (Hoeffding's lemma); between random ones cosines are
-    about ±1/16, and it is about 4e-3. `bottleneck` has the parts of the projector's last layer and
-    of the network's. The paper's text says lf/wl; its released code computes lf/l, so that logits
-    shrink by the rows' norm, 0.02·√256 = 0.32, and the KL tenfold.
+    With lf/wl a logit is the cosine of the image's vector with one of m rows, so it lies in
+    [-1, 1], and no KL between two networks exceeds 2 nats (Hoeffding's lemma); random ones have
+    logits of about ±1/16 and a KL of 4e-3. `bottleneck` has the parts of the projector's last layer
+    and of the network's. The paper's text says lf/wl; its released code computes lf/l, so that
+    logits shrink by the rows' norm, 0.02·√256 = 0.32, and the KL tenfold.
     """
     def __init__(self, arch, out_dim, image_size=32, norm="batch", bottleneck="lf/wl"):
         super().__init__()
@@ -306,9 +308,10 @@ def kl_by_log_softmax(teacher_logits, student_logits):
 
 def constant_student_kl(teacher_logits):
     """The KL in nats, from teacher logits (n, m), of the best student that gives every image the
-    same answer: the mean of the teacher's. Without batch norm students may get stuck there.
+    same answer: the teacher's mean softmax. Without batch norm students may get stuck there.
     """
-    constant = (teacher_logits.softmax(1).mean(0) * teacher_logits.shape[1]).log()  # about 0
+    # its logits; × m, so that they are near 0
+    constant = (teacher_logits.softmax(1).mean(0) * teacher_logits.shape[1]).log()
     return KLDivergence.apply(teacher_logits, constant.expand_as(teacher_logits)).item()
 
 
@@ -320,11 +323,11 @@ LOSSES = {"kl": KLDivergence.apply, "kl-log-softmax": kl_by_log_softmax, "mse": 
 def train(batch_loss, n, optimizer, scaler, learning_rate, *, steps, batch_size, seed, start=0):
     """Train, and yield (step, loss), a scalar on the device, after each step start+1..steps.
 
-    `batch_loss(index, step)` maps a batch of indices (B,) int64 into 0..n-1 to a scalar:
-    distillation and supervised training differ in this function alone. Between the steps the caller
-    logs, probes, prunes and saves. `learning_rate(step)` takes the steps already made, from 0. The
-    order of the data depends on (seed, epoch) alone, so to stop after any step and go on from
-    there, as `start`, changes nothing.
+    `batch_loss(index, step)` maps a batch of indices (B,) int64 into 0..n-1 to a scalar. Both
+    distillation and supervised training use this loop; between the steps the caller logs, probes,
+    prunes and saves. `learning_rate(step)` takes the steps already made, from 0. The order of the
+    data depends on (seed, epoch) alone, so to stop after any step and go on from there, as `start`,
+    changes nothing.
     """
     device = optimizer.param_groups[0]["params"][0].device
     per_epoch = math.ceil(n / batch_size)
@@ -367,11 +370,12 @@ DATASETS = (*ARCHIVES, "tinyimagenet", "cifar5m", "leaves", "noise")
 
 
 def load_data(name, image_size=32, data_dir="data", mirror=None, n=None, device="cpu"):
-    """Load a data set by name, or a folder with train/<class>/* and test/<class>/* (or val/).
+    """The Data of a data set by name, or of a folder with train/<class>/* and test/<class>/* (or
+    val/).
 
-    `n` is how many training images are wanted: of cifar5m no more are read, and of noise, if need
-    be, more than 50,000 are drawn. Raises Problem for an unknown name, a folder without train/, a
-    failed download, an unreadable image.
+    `n` counts for two: of cifar5m no more training images are read, and of noise, if need be, more
+    than 50,000 are drawn. Raises Problem for an unknown name, a folder without train/, a failed
+    download, an unreadable image.
     """
     if name == "leaves":
         data = dead_leaves()
@@ -1156,7 +1160,9 @@ def main(argv=None):
             teacher.last_layer(vectors[::math.ceil(len(vectors) / 1000)]))
 
     def batch_loss(index, step):
-        """Indices (B,) of images -> the KL of the student from the teacher, or another --loss."""
+        """Indices (B,) of images -> the KL of the student from the teacher, or another --loss, a
+        scalar. (All but mse are logged, and advised on, as a KL.)
+        """
         x = normalise(images[index], stats)
         with torch.no_grad():
             teacher_logits = teacher.last_layer(vectors[index])
@@ -1224,6 +1230,7 @@ def main(argv=None):
                 raise Problem(f"the loss is no longer finite by step {step}: lower --lr or take "
                               f"--amp off; what {args.out} held is kept")
             if probing:
+                # the linear probe draws anew each time, as the paper's does
                 row |= evaluate(student.encoder, probe_data, seeds=[step])
             add_to_log(row, saving=probing or stopping)
             give_advice(args, log, constant_kl)

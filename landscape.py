@@ -5,7 +5,7 @@
     python landscape.py plane $a $b                  the teacher and both students (Fig. 5)
     python landscape.py plane $b                     the teacher, a student's start and its end
     python landscape.py connect runs/cifar10-resnet18-eps0-seed0/best.pt    one basin? (Fig. 9)
-    python landscape.py plot $b/*.npz --figure planes.png           draws what these computed
+    python landscape.py plot $a/*.npz $b/*.npz --figure planes.png          draws the two planes
 
 `plane` lays a plane through three points of weight space, say the teacher θ_T and two students
 θ*_S, and measures at every point of a grid on it how far the network there is from the teacher (KL)

@@ -69,9 +69,9 @@ def linear_probe_converged(x, y, test_x, test_y, n_classes, l2=1e-3, tolerance=1
     exceeds `tolerance`.
 
     It minimises mean cross-entropy + l2/2·‖weight‖², shapes as above. Every step minimises a
-    quadratic upper bound of that loss (Böhning 1992), with Nesterov's momentum, restarted where it
-    points uphill: a few dozen steps, however the features are scaled and correlated. Raises Problem
-    if it does not converge.
+    quadratic upper bound of that loss (Böhning 1992) from `ahead`, where Nesterov's momentum leads
+    (it starts afresh where it points uphill): a few dozen steps, however the features are scaled
+    and correlated. Raises Problem if it does not converge.
     """
     # what never varies stays 0
     mean, std = x.mean(0), x.std(0).clamp(min=1e-8)
@@ -81,7 +81,7 @@ def linear_probe_converged(x, y, test_x, test_y, n_classes, l2=1e-3, tolerance=1
     decay[-1] = 0  # the bias is free
     bound = (x.T @ x).double() / (2 * len(y))
     diagonal = bound.diagonal()
-    # a little more, for what float32 rounded off
+    # a view of `bound`: l2, and a little more for what float32 rounded off
     diagonal += decay[:, 0] + 1e-6 * diagonal.sum()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound)).float()
     target = F.one_hot(y, n_classes)
@@ -178,8 +178,8 @@ def mean_std(values):
 
 
 def print_table(rows, draws):
-    """Print {(label, alike): {weights: (probes in %, {what it is compared with: probes})}}, a row
-    each and one for each comparison, as mean ± std over seeds.
+    """Print {(label, alike): {fingerprint: (probes in %, {"teacher" or "start": its probes})}}, a
+    row each and one for each comparison, as mean ± std over seeds.
     """
     def line(label, cells):
         say(f"{label:34}" + "".join(f"{cell:>22}" for cell in cells))

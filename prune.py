@@ -64,7 +64,7 @@ def magnitude_mask(weights, mask, keep):
 
 def random_mask(mask, by_magnitude, seed):
     """As many survivors in each layer as the mask `by_magnitude` has, but any of those that `mask`
-    has left: the control. (Its layers follow its own training, not the ticket's.)
+    has left: the control. (Those are of the control's own weights, not the ticket's.)
     """
     generator, result = torch.Generator().manual_seed(seed), {}
     for name, m in by_magnitude.items():
