@@ -891,7 +891,7 @@ def checkpoint_to_resume(args, script="distill.py", may_change=MAY_CHANGE):
 
 def number(kind, low, high=math.inf):
     """An argparse type: a number of `kind`, int or float, from `low` to `high`."""
-    def number(text):
+    def number(text):  # so argparse says "invalid number value"
         value = kind(text)
         if not low <= value <= high:  # so written, it refuses nan too
             raise argparse.ArgumentTypeError(f"must be at least {low} and at most {high}")

@@ -581,7 +581,7 @@ def test_fp16_scales_the_loss_so_that_no_gradient_rounds_to_0(folder, here):
 
 
 @pytest.mark.parametrize(
-    "loss, parts", [("mse", "lf/wl"), ("kl", "lf/l")]
+    "loss, parts", [("kl", "lf/wl"), ("mse", "lf/wl"), ("kl", "lf/l")]
 )
 def test_steps_by_hand(folder, here, loss, parts):
     """Two steps of SGD: teacher in eval mode, student in train mode, both batches of an epoch,
@@ -994,7 +994,9 @@ def test_bad_checkpoints(folder, here, monkeypatch):
     problem(probe.main, "foreign.pt", "not a checkpoint of distill.py")
     checkpoint = run(folder, "--steps 1")
     mistyped = {**checkpoint["config"], "seed": "0"}
-    for change in ({"config": mistyped}, {"student": [1]}, {"teacher": {}}):
+    for change in (
+        {"config": 3}, {"config": mistyped}, {"student": [1]}, {"teacher": {}}
+    ):
         distill.save_checkpoint(
             Path("old.pt"), "distill.py", **{**checkpoint, **change}
         )
@@ -1435,6 +1437,7 @@ def test_the_npz_redraws_and_bad_input_is_refused(folder, pair, here):
     for files in ("a.npz b.npz", "a.npz --kl-range 1e-9 1"):
         landscape.main(f"plot {files}".split())
         assert Path("a.png").stat().st_size > 10_000
+        Path("a.png").unlink()
     Path("cut.npz").write_bytes(Path("a.npz").read_bytes()[:-1])
     np.savez("lines.npz", error=np.zeros((2, 1, 3)), config="{}")
     run(folder, "--steps 1 --seed 1", "other")
@@ -1653,7 +1656,8 @@ def test_verdicts_follow_their_rule(tmp_path):
     finished(tmp_path, "fig4-n1000", 5, 5, 10)
     # far off, but so are ours from each other
     finished(tmp_path, "fig4-n1000", 5, 5, 60, seed=1)
-    for name in ("cifar10-resnet18", "raw-vgg11", "fig3-vgg11-eps4"):  # in figures, unlike these:
+    # figures show such runs, but not their prunings
+    for name in ("cifar10-resnet18", "raw-vgg11", "fig3-vgg11-eps4"):
         ticket = tmp_path / f"paper/{name}-seed0/prune-student-rewind0"
         distill.write_json(ticket / "config.json", {"seed": 0, "rounds": 0})
         row = dict.fromkeys(prune.LOG_COLUMNS, 0)

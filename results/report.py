@@ -348,7 +348,7 @@ def draw(results, folder, figure, names, x):
     """Draw one of FIGURES in three panels, unless it has no runs."""
     lines = defaultdict(dict)
     for name, group in results.items():
-        match = re.match(f"({names})([^/]*)$", name)  # no pruning of it, no lines
+        match = re.match(f"({names})([^/]*)$", name)  # a run, not what came of it
         if match and group:
             number = float(match[2] or 0)  # in place of α its ε
             lines[match[1]][1 - 1 / (1 + number) if "α" in x else number] = group.values()
