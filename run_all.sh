@@ -75,9 +75,9 @@ stage1() {
     for n in 500 1000 2000 5000 10000 15000; do distil fig4-n$n vgg11 cifar10 --n-samples $n $steps; done
     for n in 100000 200000 750000 1000000 5000000; do distil fig4-n$n vgg11 cifar5m $probed --n-samples $n $steps; done
     for n in 500 5000 50000 150000; do distil fig4-noise$n vgg11 noise $probed --n-samples $n $steps; done
-    # Fig. 5, 13 to 17: the released code's last layer, whose rows are not normalised
-    for eps in 1e-10 inf; do distil raw-vgg11-eps$eps vgg11 cifar10 --bottleneck lf/l --init-eps $eps
-        distil warmup-vgg11-eps$eps vgg11 cifar10 --warmup 200 --init-eps $eps; done  # the README's plateau
+    # Fig. 5, 13 to 17: the released code's last layer, its rows not normalised; two ways past the README's plateau
+    for eps in 1e-10 inf; do how="vgg11 cifar10 --init-eps $eps"; distil warmup-vgg11-eps$eps $how --warmup 200
+        how+=" --bottleneck lf/l"; distil raw-vgg11-eps$eps $how; distil raw-lr3e-4-vgg11-eps$eps $how --lr 3e-4; done
     distil raw-resnet18-eps0 resnet18 cifar10 --bottleneck lf/l --init-eps 0
     # Fig. 10 (m = 65,536 is the student of Table 1), 11 and 12 (lf/wl is, too; lf/l is above); other losses, optimisers
     for m in 1 4 16 64 256 1024 4096 16384; do distil fig10-m$m resnet18 cifar10 --out-dim $m; done
@@ -113,8 +113,8 @@ mini() {  # what two CPU cores can do
     distil transfer resnet20 tinyimagenet $how --probe-dataset $cifar10
     SEEDS=0 distil resnet20 resnet20 cifar10 --out-dim 1024 --epochs 6 --eval-every 588
     how+=" --n-samples 10000 --eval-every 800 --log-every 40 --amp off --init-eps 1e-10"
-    for w in 0 200; do for parts in lf/wl lf/l; do  # the README's plateau
-        SEEDS=0 distil plateau-${parts/\//-}-warmup$w vgg11 cifar10 $how --bottleneck $parts --warmup $w; done; done
+    for start in "warmup 0" "warmup 200" "lr 3e-4"; do for parts in lf/wl lf/l; do  # the README's plateau
+        SEEDS=0 distil plateau-${parts/\//-}-${start/ /} vgg11 cifar10 $how --bottleneck $parts --$start; done; done
 }
 
 list() (  # [1 | 2 | mini]; in a shell of its own, for its variables and -f: no word of a command is a pattern

@@ -1517,7 +1517,7 @@ def test_the_list_needs_no_python_and_prints_one_command_a_line(tmp_path):
     lines, first, second, mini = (
         listed(words, PATH=str(tmp_path)) for words in ("", "1", "2", "mini")
     )
-    assert lines == first + second and len(set(lines)) == len(lines) == 259
+    assert lines == first + second and len(set(lines)) == len(lines) == 265
     job = r"python (distill|probe|prune|landscape)\.py.* --resume .*\S  # stage "
     for line in first + mini:
         assert re.fullmatch(job + "1", line), line
@@ -1592,8 +1592,8 @@ if __name__ == "__main__":
     done = as_a_user(
         tmp_path, "mini", SEEDS="0", JOBS="2", CIFAR10=".", TINYIMAGENET="."
     )
-    assert "12 jobs of stage mini, 2 at once" in done.stdout, done.stderr
-    assert done.returncode == 1 and done.stdout.count("\ndone ") == 11
+    assert "14 jobs of stage mini, 2 at once" in done.stdout, done.stderr
+    assert done.returncode == 1 and done.stdout.count("\ndone ") == 13
     failed, page = (tmp_path / "runs/logs/failed").read_text().splitlines()
     assert page == "bash run_all.sh report"  # without a whole distill.py
     assert "eps1.5" in failed and re.search("FAILED .*eps1.5.*: lost", done.stdout)

@@ -79,9 +79,9 @@ and its text says 8-pixel patches where its parameter counts need 16. Here are o
 ## Figures without numbers, and switches
 
 Fig. 13 to 16 (encoders alone) have no rule: see the pictures. A switch has no figure: raw is the
-released code's last layer, whose rows are not normalised; warmup has a learning rate that rises
-over the first 200 steps; loss-mse takes the MSE of the logits in place of the KL, and optimizer-sgd
-SGD in place of AdamW.
+released code's last layer, whose rows are not normalised; raw-lr3e-4 has that and a learning rate
+of 3e-4 in place of 1e-3; warmup has one that rises to 1e-3 over the first 200 steps; loss-mse takes
+the MSE of the logits in place of the KL, and optimizer-sgd SGD in place of AdamW.
 
 |  | the paper shows, by this rule | ours | verdict | made |
 | --- | --- | --- | --- | --- |
