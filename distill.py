@@ -1069,8 +1069,8 @@ def give_advice(args, log, constant_kl):
     elif (args.loss != "mse" and on_plateau(log, constant_kl)
           and not on_plateau(log[:-1], constant_kl)):
         say("for 200 steps the KL has been that of a student with the same answer for every image; "
-            "it may stay so for long; with --lr 3e-4 or --warmup 200 it has not (README, \"VGG's "
-            "plateau\")")
+            "it may stay so for long; a VGG11's has not with --lr 3e-4 or --warmup 200 (README, "
+            "\"VGG's plateau\")")
 
 
 def catch_signals():
