@@ -997,7 +997,7 @@ def parse_args(argv=None):
     add("--epochs", "passes over the training images", 100, type=POSITIVE)
     add("--steps", "stop after so many steps, if that is earlier", type=POSITIVE)
     add("--batch-size", "images a step", 256, type=POSITIVE)
-    add("--lr", "learning rate; a VGG on few images gains more at 3e-4 (README); weight decay is 0",
+    add("--lr", "learning rate; VGG11 on few images gains more at 3e-4 (README); weight decay is 0",
         1e-3, type=number(float, 0))
     add("--warmup", "steps in which the learning rate rises to --lr; the paper has none",
         0, type=number(int, 0))
