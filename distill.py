@@ -2,37 +2,20 @@
 """Distil a student from a frozen, randomly initialised teacher: no labels, no augmentation.
 
     python distill.py --arch resnet18 --init-eps 0.0    the paper's run on CIFAR10 (wants a GPU)
+    python datasets/leaves.py                           images for a laptop, without a download
     python distill.py --arch resnet20 --dataset leaves --out-dim 1024 --batch-size 128 --steps 400
     python distill.py --arch vgg11 --init-eps inf --dataset path/to/images
 
-The second is for a laptop and needs no download; the folder of the third holds train/<class>/ and
-test/<class>/.
+The folder of the last holds train/<class>/ and test/<class>/.
 
-Method: "Random Teachers are Good Teachers", Sarnthein et al., ICML 2023, arXiv 2302.12091. First
-comes what one batch meets on its way: models, student initialisation, KL, the training loop. If you
-want the experiment alone, go on at "Main", at the end; between the two are data, checkpoints and
-options.
+Method: "Random Teachers are Good Teachers", Sarnthein et al., ICML 2023, arXiv 2302.12091. The
+file's first part is the idea: normalisation, models, the student's start, the loss, the training
+loop, and the experiment, which uses them all. A line says where it ends.
 """
-import argparse
-import hashlib
-import json
-import math
-import os
-import re
-import signal
-import socket
-import subprocess
-import sys
-import time
-import warnings
-from collections import OrderedDict, namedtuple
+import argparse, fcntl, json, math, os, re, signal, subprocess, sys, time, warnings, zlib
+from collections import namedtuple
 from contextlib import contextmanager, suppress
-from datetime import timedelta
-from functools import partial
-from glob import glob
 from pathlib import Path
-from tempfile import TemporaryFile
-from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -41,7 +24,6 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision.datasets.folder import is_image_file
-from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 from torchvision.models.vgg import cfgs as VGG_PLANS, make_layers
 from torchvision.transforms.functional import resize
@@ -50,10 +32,8 @@ from torchvision.transforms.functional import resize
 # ---- Normalisation of the images -----------------------------------------------------------------
 
 def channel_stats(images):
-    """Mean and std of uint8 images (n, 3, s, s) by channel: (1, 3, 1, 1) float32 in 0..255.
-
-    From histograms: exact, and 15 times as fast as from the pixels.
-    """
+    """Mean and std of uint8 images (n, 3, s, s) by channel: (1, 3, 1, 1) float32 in 0..255."""
+    # from histograms: exact, and 15 times as fast as from the pixels
     shares = torch.stack([channel.flatten().bincount(minlength=256)
                           for channel in images.unbind(1)]).double() / images[:, 0].numel()
     values = torch.arange(256).to(shares)
@@ -68,46 +48,18 @@ def normalise(images, stats):
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-# ---- Models: network = last layer ∘ projector ∘ encoder (Table 5, App. E) ------------------------
+# ---- Encoders: images (B, 3, s, s) -> embeddings (B, r) (Table 5, App. E) ------------------------
 
-def vgg(plan, *_):
-    """torchvision's VGG `features`, without batch norm, then the mean over the image (1×1 at
-    32×32).
-    """
-    return nn.Sequential(OrderedDict(
-        features=make_layers(VGG_PLANS[plan]), pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
-
-
-NORMS = {  # what may stand in for a ResNet's batch norm over c channels (Fig. 11)
-    "batch": nn.BatchNorm2d,
-    "instance": lambda c: nn.GroupNorm(c, c),
-    "group": lambda c: nn.GroupNorm(c // 8, c),
-    "layer": lambda c: nn.GroupNorm(1, c),
-    "none": nn.Identity,  # which takes any argument
-}
-
-
-def imagenet_resnet(n_layers, image_size, norm):
-    """torchvision's ResNet without `fc`; up to 64 px its stem is a 3×3 stride-1 conv and no
-    max-pool.
-    """
-    encoder = torchvision.models.get_model(f"resnet{n_layers}", norm_layer=NORMS[norm])
-    encoder.fc = nn.Identity()
-    if image_size <= 64:
-        encoder.conv1, encoder.maxpool = conv3x3(3, 64), nn.Identity()
-    return encoder
-
-
-def cifar_resnet(n_blocks, image_size, norm):
+def cifar_resnet(n_blocks, norm_layer):
     """He et al. 2016, §4.2: three stages of 16-32-64 channels, `n_blocks` basic blocks each."""
-    norm, width = NORMS[norm], 16
-    layers = [conv3x3(3, 16), norm(16), nn.ReLU(inplace=True)]
+    width, layers = 16, [conv3x3(3, 16), norm_layer(16), nn.ReLU(inplace=True)]
     for channels in (16, 32, 64):
         for block in range(n_blocks):
             stride, shortcut = 1, None
             if channels > width:
-                stride, shortcut = 2, nn.Sequential(conv1x1(width, channels, 2), norm(channels))
-            layers.append(BasicBlock(width, channels, stride, shortcut, norm_layer=norm))
+                stride, shortcut = 2, nn.Sequential(conv1x1(width, channels, 2),
+                                                    norm_layer(channels))
+            layers.append(BasicBlock(width, channels, stride, shortcut, norm_layer=norm_layer))
             width = channels
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -119,7 +71,7 @@ class ViT(nn.Module):
     (vit-*-p8). Emits the class token. In the paper's released code the heads of a token attend to
     each other; here, as usual, tokens attend to tokens.
     """
-    def __init__(self, width, patch, image_size, norm):
+    def __init__(self, width, patch, image_size):
         super().__init__()
         self.patches = nn.Conv2d(3, width, patch, stride=patch)
         self.token = nn.Parameter(torch.randn(1, 1, width))
@@ -141,66 +93,97 @@ class ViT(nn.Module):
         return self.norm(tokens[:, 0])
 
 
-VITS = {"vit-tiny": 192, "vit-small": 384, "vit-medium": 512, "vit-base": 768}
-# name: (what builds the encoder for an image size and a norm, width r of its embedding); those
-# called resnet*, and no others, have batch norm and take --norm
-ARCHS = {
-    **{f"vgg{layers}": (partial(vgg, plan), 512) for layers, plan in zip((11, 13, 16, 19), "ABDE")},
-    **{f"resnet{layers}": (partial(imagenet_resnet, layers), r)
-       for layers, r in ((18, 512), (34, 512), (50, 2048))},
-    **{f"resnet{6 * n_blocks + 2}": (partial(cifar_resnet, n_blocks), 64) for n_blocks in (3, 9)},
-    **{name: (partial(ViT, width, 16), width) for name, width in VITS.items()},
-    **{f"{name}-p8": (partial(ViT, width, 8), width) for name, width in VITS.items()},
-}
+EMBEDDING_WIDTH = {  # r of every encoder, by its name
+    "vgg11": 512, "vgg13": 512, "vgg16": 512, "vgg19": 512,
+    "resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet20": 64, "resnet56": 64,
+    "vit-tiny": 192, "vit-small": 384, "vit-medium": 512, "vit-base": 768,
+    "vit-tiny-p8": 192, "vit-small-p8": 384, "vit-medium-p8": 512, "vit-base-p8": 768}
+NORM_LAYERS = {  # what may normalise a ResNet's activations, over c channels (Fig. 11)
+    "batch": nn.BatchNorm2d,
+    "instance": lambda c: nn.GroupNorm(c, c),
+    "group": lambda c: nn.GroupNorm(c // 8, c),
+    "layer": lambda c: nn.GroupNorm(1, c),
+    "none": nn.Identity}  # which takes any argument
 
 
-class NormalizedLinear(nn.Module):
-    """A linear layer whose rows and outputs may have length 1; `parts` names what is on (Fig. 12).
+def build_encoder(arch, image_size, norm):
+    """The encoder of that name. Only ResNets have a `norm`; VGGs have none, ViTs have their own."""
+    if arch.startswith("vgg"):  # torchvision's `features`, without batch norm
+        plan = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}[arch]
+        return nn.Sequential(make_layers(VGG_PLANS[plan]), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    if arch.startswith("vit"):
+        return ViT(EMBEDDING_WIDTH[arch], 8 if arch.endswith("-p8") else 16, image_size)
+    if arch in ("resnet20", "resnet56"):
+        return cifar_resnet({"resnet20": 3, "resnet56": 9}[arch], NORM_LAYERS[norm])
+    encoder = torchvision.models.get_model(arch, norm_layer=NORM_LAYERS[norm])
+    encoder.fc = nn.Identity()
+    if image_size <= 64:  # a 3×3 stem with stride 1 and no max-pool
+        encoder.conv1, encoder.maxpool = conv3x3(3, 64), nn.Identity()
+    return encoder
 
-    l: the linear map itself; w: the rows of its weight have length 1; f: its output vector has
-    length 1. The projector and the network each end in one.
+
+def autocast(device, amp):
+    """The context in which matrix products and convolutions run in bfloat16 if `amp` is "bf16"; if
+    it is "off", in float32.
     """
-    def __init__(self, parts, width, out_dim, bias):
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
+
+
+def embed(encoder, images, amp="off"):
+    """(B, 3, s, s) normalised images -> (B, r) float32 embeddings.
+
+    Only the encoder runs in 16 bits. What the student learns from are differences of a few 1e-3
+    between its logits and the teacher's, and a bfloat16 near a typical logit, 1/16 (see Network),
+    has steps of 5e-4: from the embedding on, everything stays in float32.
+    """
+    with autocast(images.device, amp):
+        return encoder(images).float()
+
+
+# ---- Network = last layer ∘ projector ∘ encoder (App. E.1) ---------------------------------------
+# The paper's "L2 bottleneck" is where the projector ends and the last layer begins. We write it as
+# two codes, "lf/wl": the projector ends in l, a linear map, and f, which gives its output vector
+# length 1; the last layer is w, which gives the rows of its weight length 1, and l, the linear map
+# with that weight. Fig. 12 leaves some of the four out.
+
+class L2Linear(nn.Module):
+    """One half of the L2 bottleneck, (B, width) -> (B, out_dim); `code` has some of l, w and f."""
+    def __init__(self, code, width, out_dim, bias):
         super().__init__()
-        self.parts = parts
-        self.linear = nn.Linear(width, out_dim, bias) if "l" in parts else None
+        self.code = code
+        self.linear = nn.Linear(width, out_dim, bias) if "l" in code else None
 
     def forward(self, x):
-        if "l" in self.parts:
+        if "l" in self.code:
             weight = self.linear.weight
-            if "w" in self.parts:
+            if "w" in self.code:
                 weight = F.normalize(weight, dim=1)
             x = F.linear(x, weight, self.linear.bias)
-        return F.normalize(x, dim=1) if "f" in self.parts else x
+        return F.normalize(x, dim=1) if "f" in self.code else x
 
 
 class Network(nn.Module):
-    """Encoder (B, r), projector to unit vectors (B, 256), last layer to m logits (B, m) (App. E.1).
+    """Encoder (B, r), projector to unit vectors (B, 256), last layer to m = `out_dim` logits.
 
-    With lf/wl a logit is the cosine of the image's vector with one of m rows, so it lies in
-    [-1, 1], and no KL between two networks exceeds 2 nats (Hoeffding's lemma); random ones have
-    logits of about ±1/16 and a KL of 4e-3. `bottleneck` has the parts of the projector's last layer
-    and of the network's. The paper's text says lf/wl; its released code computes lf/l, so that
-    logits shrink by the rows' norm, 0.02·√256 = 0.32, and the KL tenfold.
+    With lf/wl a logit is the cosine of two vectors of 256 numbers, the image's and one of m rows:
+    about ±1/√256 = 1/16 in a random network, at most 1. So two networks' logits differ by at most
+    2, and their KL is at most 2 nats (Hoeffding's lemma); random pairs have 4e-3. The paper's text
+    says lf/wl; its released code computes lf/l, so that logits shrink by the rows' length,
+    0.02·√256 = 0.32 at the start, and the KL tenfold.
     """
-    def __init__(self, arch, out_dim, image_size=32, norm="batch", bottleneck="lf/wl"):
+    def __init__(self, arch, out_dim, image_size=32, norm="batch", l2_bottleneck="lf/wl"):
         super().__init__()
-        build_encoder, r = ARCHS[arch]
-        to_vector, to_logits = bottleneck.split("/")
-        self.encoder = build_encoder(image_size, norm)
+        to_vector, to_logits = l2_bottleneck.split("/")
+        self.encoder = build_encoder(arch, image_size, norm)
         self.projector = nn.Sequential(
-            nn.Linear(r, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU(),
-            NormalizedLinear(to_vector, 2048, 256, bias=True))
+            nn.Linear(EMBEDDING_WIDTH[arch], 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU(),
+            L2Linear(to_vector, 2048, 256, bias=True))
         width = 256 if "l" in to_vector else 2048
-        self.last_layer = NormalizedLinear(to_logits, width, out_dim, bias=False)
+        self.last_layer = L2Linear(to_logits, width, out_dim, bias=False)
 
     def forward(self, images, amp="off"):
         """(B, 3, s, s) normalised images -> (B, m) float32 logits."""
         return self.last_layer(self.projector(embed(self.encoder, images, amp)))
-
-
-# the settings of a Network, in its order
-SETTINGS = ("arch", "out_dim", "image_size", "norm", "bottleneck")
 
 
 def random_network(seed, *args, **settings):
@@ -222,45 +205,25 @@ def random_network(seed, *args, **settings):
     return network.to(memory_format=torch.channels_last)
 
 
-def autocast(device, amp):
-    """The context in which convolutions run in 16 bits, for `amp` in bf16, fp16, off."""
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=amp != "off")
-
-
-def embed(encoder, images, amp="off"):
-    """(B, 3, s, s) normalised images -> (B, r) float32 embeddings.
-
-    Only the encoder runs in 16 bits. What the student learns from are logit differences of about
-    1e-3, and a bfloat16 near a typical logit, 1/16, has steps of 5e-4: from the embedding on,
-    everything stays in float32.
-    """
-    with autocast(images.device, amp):
-        return encoder(images).float()
-
-
 # ---- Student initialisation (§2) -----------------------------------------------------------------
 
 @torch.no_grad()
-def init_student(teacher, student, eps):
-    """Move `student`, an independent random network θ̃, to θ_S = (θ_T + ε·θ̃)/√(1 + ε²); return it.
+def init_student(teacher, independent, eps):
+    """Turn the network `independent`, of weights θ̃, into the student's start
+    θ_S = (θ_T + ε·θ̃)/√(1 + ε²), and return it.
 
     ε = 0 copies the teacher, ε = inf keeps θ̃; the paper's locality α is ε/(1+ε). The root keeps
     the variance of the weights. Every parameter moves, as in the released code: norm weights, 1 in
     both networks, become (1+ε)/√(1+ε²), at most √2. Buffers (batch-norm statistics) stay fresh.
-    The paper's "α ≈ 0", ε = 1e-10, is below float32's resolution but for the smallest weights, of
-    which it changes the last bit: enough to leave a fixed point (README).
+    Without batch norm ε = 0 is a fixed point: teacher and student agree, so the gradient is 0. The
+    paper's "α ≈ 0", ε = 1e-10, is below float32's resolution but for the smallest weights, of which
+    it changes the last bits: enough to leave it.
     """
     scale = math.hypot(1, eps)
-    for theta_t, theta in zip(teacher.parameters(), student.parameters()):
+    for theta_t, theta in zip(teacher.parameters(), independent.parameters()):
         if eps < math.inf:
             theta.copy_(theta_t / scale + theta * (eps / scale))
-    return student
-
-
-def distance(parameters, start):
-    """‖θ − θ_start‖₂ over two equally long lists of tensors, as a float."""
-    return torch.stack([(p.detach() - q).norm() for p, q in zip(parameters, start)]).norm().item()
+    return independent
 
 
 # ---- Loss (§3) -----------------------------------------------------------------------------------
@@ -272,12 +235,12 @@ class KLDivergence(torch.autograd.Function):
     gradient.
 
     Why not the cross-entropy? It has the same gradient, but it is the KL plus the teacher's
-    entropy, about ln 65536 = 11.09, beside which a KL of 1e-5 cannot be seen.
+    entropy, about ln 65536 = 11.09, where float32 has steps of 1e-6: a KL of 1e-5 drowns.
 
     Why not two log-softmaxes? Their entries sit near −11, too, and float32 rounding would eat most
     of the KL. With p the teacher's softmax and d = student − teacher logits, shifted so that
     Σ p·d = 0, the student's softmax is p·e^d / Σ p·e^d, and the KL is log(1 + s) for
-    s = Σ p·(e^d − 1 − d). All terms are ≥ 0, and what cancels in them is of the size of d, a
+    s = Σ p·(e^d − 1 − d). All its terms are ≥ 0, and computed from numbers of the size of d, a
     thousandth, not of 11. The gradient, p_student − p, is p·(e^d − 1 − s)/(1 + s) by the same
     algebra, and exactly 0 where the logits agree.
     """
@@ -288,9 +251,9 @@ class KLDivergence(torch.autograd.Function):
         d -= (p * d).sum(1, keepdim=True)
         growth = d.expm1()  # e^d − 1
         s = (p * (growth - d)).sum(1, keepdim=True)
-        growth -= s
-        p *= growth
-        ctx.save_for_backward(p.div_((1 + s) * len(p)))  # in place: p is 67 MB
+        # p·(e^d − 1 − s)/(1 + s), in the memory of `growth`: a batch's logits take 67 MB
+        gradient = growth.sub_(s).mul_(p).div_((1 + s) * len(p))
+        ctx.save_for_backward(gradient)
         return s.log1p().mean()
 
     @staticmethod
@@ -299,20 +262,9 @@ class KLDivergence(torch.autograd.Function):
 
 
 def kl_by_log_softmax(teacher_logits, student_logits):
-    """The same KL as one usually writes it, kept for its rounding noise (README, "The fixed
-    point"); landscape.py takes it in float64.
-    """
+    """The same KL as one usually writes it, kept for its rounding noise (README)."""
     return F.kl_div(student_logits.log_softmax(1), teacher_logits.log_softmax(1),
                     reduction="batchmean", log_target=True)
-
-
-def constant_student_kl(teacher_logits):
-    """The KL in nats, from teacher logits (n, m), of the best student that gives every image the
-    same answer: the teacher's mean softmax. Without batch norm students may get stuck there.
-    """
-    # its logits; × m, so that they are near 0
-    constant = (teacher_logits.softmax(1).mean(0) * teacher_logits.shape[1]).log()
-    return KLDivergence.apply(teacher_logits, constant.expand_as(teacher_logits)).item()
 
 
 LOSSES = {"kl": KLDivergence.apply, "kl-log-softmax": kl_by_log_softmax, "mse": F.mse_loss}
@@ -320,455 +272,115 @@ LOSSES = {"kl": KLDivergence.apply, "kl-log-softmax": kl_by_log_softmax, "mse": 
 
 # ---- The training loop ---------------------------------------------------------------------------
 
-def train(batch_loss, n, optimizer, scaler, learning_rate, *, steps, batch_size, seed, start=0):
-    """Train, and yield (step, loss), a scalar on the device, after each step start+1..steps.
+def train(batch_loss, n, optimizer, *, steps, batch_size=256, seed=0, learning_rate=None,
+          first_step=0):
+    """Train, and yield (steps made, loss, images in the batch) after each step, the loss as a
+    scalar on the device.
 
-    `batch_loss(index, step)` maps a batch of indices (B,) int64 into 0..n-1 to a scalar. Both
-    distillation and supervised training use this loop; between the steps the caller logs, probes,
-    prunes and saves. `learning_rate(step)` takes the steps already made, from 0. The order of the
-    data depends on (seed, epoch) alone, so to stop after any step and go on from there, as `start`,
-    changes nothing.
+    `batch_loss(index)` maps a batch of indices (B,) int64 into 0..n-1 to a scalar. Distillation and
+    supervised training (prune.py) use this loop; between the steps the caller logs, probes, prunes
+    and saves. `learning_rate` may be a function of the steps made; without it the optimiser keeps
+    its own. An epoch's order of the data depends on its number and the seed alone, so to stop
+    anywhere and go on from there, as `first_step`, changes nothing.
     """
     device = optimizer.param_groups[0]["params"][0].device
     per_epoch = math.ceil(n / batch_size)
-    for step in range(start, steps):
+    for step in range(first_step, steps):
         epoch, i = divmod(step, per_epoch)
-        if i == 0 or step == start:
+        if i == 0 or step == first_step:
             order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n)).to(device)
         index = order[i * batch_size:(i + 1) * batch_size]  # the last, smaller batch is kept
-        optimizer.param_groups[0]["lr"] = learning_rate(step)
-        loss = batch_loss(index, step)
+        if learning_rate:
+            optimizer.param_groups[0]["lr"] = learning_rate(step)
+        loss = batch_loss(index)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()  # but for fp16 these three are an ordinary step
-        scaler.step(optimizer)
-        scaler.update()
-        yield step + 1, loss.detach()
+        loss.backward()
+        optimizer.step()
+        yield step + 1, loss.detach(), len(index)
 
 
-# ---- Messages ------------------------------------------------------------------------------------
-
-class Problem(Exception):
-    """Something the user can put right; its text is one line that says how."""
-
-
-def say(text=""):
-    """Print a line at once. When nobody can read any more (`| head`), go on in silence."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-# ---- Data: uint8 images, all of them resident on the device --------------------------------------
-
-# images (n, 3, s, s) uint8, labels (n,) int64 in 0..classes-1; without labels there is no test part
-Data = namedtuple("Data", "train_x train_y test_x test_y classes")
-
-
-ARCHIVES = ("cifar10", "cifar100", "stl10")
-DATASETS = (*ARCHIVES, "tinyimagenet", "cifar5m", "leaves", "noise")
-
-
-def load_data(name, image_size=32, data_dir="data", mirror=None, n=None, device="cpu"):
-    """The Data of a data set by name, or of a folder with train/<class>/* and test/<class>/* (or
-    val/).
-
-    `n` counts for two: of cifar5m no more training images are read, and of noise, if need be, more
-    than 50,000 are drawn. Raises Problem for an unknown name, a folder without train/, a failed
-    download, an unreadable image.
-    """
-    if name == "leaves":
-        data = dead_leaves()
-    elif name == "noise":
-        data = gaussian_noise(max(n or 0, 50_000), image_size)
-    elif name in ARCHIVES:
-        data = archive(name, data_dir, mirror)
-    elif name == "tinyimagenet":
-        data = image_folder(tiny_imagenet(data_dir, mirror), image_size)
-    elif name == "cifar5m":
-        data = cifar5m(archive("cifar10", data_dir, mirror), Path(data_dir) / name, n or 10**9)
-    elif Path(name).is_dir():
-        data = image_folder(Path(name), image_size)
-    else:
-        raise Problem(f"no data set or folder called '{name}'; there are {', '.join(DATASETS)}, or "
-                      "any folder of images")
-    train_x, train_y, test_x, test_y = (part.to(device) for part in data[:4])
-    # as they are, if they have this size; all images are square
-    train_x, test_x = (resize(images, image_size) for images in (train_x, test_x))
-    return Data(train_x, train_y, test_x, test_y, data.classes)
-
-
-def stratified_subset(x, y, n):
-    """n of the images x (N, ...) and labels y (N,), each class in its share up to one; None keeps
-    all.
-
-    This looks at labels, as the paper's balanced subsets do (Fig. 4). Raises Problem if n exceeds
-    what there is.
-    """
-    if n in (None, len(y)):
-        return x, y
-    if n > len(y):
-        raise Problem(f"--n-samples {n:,} is more than the {len(y):,} training images there are")
-    labels, rank = y.cpu(), torch.empty(len(y))
-    shuffled = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    for label in labels.unique():
-        members = shuffled[labels[shuffled] == label]
-        # the k-th of K members ranks at (k − 1/2)/K: the n lowest take each class evenly
-        rank[members] = (torch.arange(len(members)) + 0.5) / len(members)
-    chosen = rank.argsort(stable=True)[:n].sort().values
-    return x[chosen], y[chosen]
-
-
-@contextmanager
-def downloading(url, folder):
-    """Say what is about to be downloaded, if `folder` is not there, and turn what may go wrong into
-    one line.
-    """
-    if not folder.exists():
-        say(f"downloading {url} to {folder.parent}/ (CIFAR's host can take an hour); from a "
-            f"mirror: --mirror URL; without a download: --dataset leaves")
-    socket.setdefaulttimeout(60)  # a silent host is an error, not a wait for ever
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise Problem(f"cannot download {url} ({reason}): use --dataset leaves, a folder of images "
-                      f"or --mirror URL of a directory that holds {Path(url).name}") from None
-
-
-def stack(pairs, read=np.asarray):
-    """n pairs of an image, as `read` understands it, and a label: images (n, 3, s, s) uint8 and
-    labels (n,).
-    """
-    images, labels = zip(*((read(image), label) for image, label in pairs))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
-
-
-def archive(name, data_dir, mirror):
-    """CIFAR or STL10 by torchvision's downloader, which checks the MD5 sum of what it gets."""
-    source = getattr(torchvision.datasets, name.upper())
-    # of STL10 5,000 labelled images; 100,000 without labels are not used
-    splits = ("train", "test") if name == "stl10" else (True, False)
-    if mirror:
-        source.url = f"{mirror.rstrip('/')}/{source.filename}"
-    with downloading(source.url, Path(data_dir) / source.base_folder):
-        train, test = (source(data_dir, split, download=True) for split in splits)
-    return Data(*stack(train), *stack(test), train.classes)
-
-
-def tiny_imagenet(data_dir, mirror):
-    """Download Tiny ImageNet's zip, and return the folder of what was in it."""
-    folder, unpacking = Path(data_dir) / "tiny-imagenet-200", Path(data_dir) / "unpacking"
-    url = f"{(mirror or 'http://cs231n.stanford.edu').rstrip('/')}/tiny-imagenet-200.zip"
-    if not folder.exists():
-        with downloading(url, folder):
-            download_and_extract_archive(url, data_dir, unpacking,
-                                         md5="90528d7ca1a48142e341f4ef8d21d0de")
-            (unpacking / folder.name).rename(folder)  # so that what has this name is complete
-    return folder
-
-
-def cifar5m(cifar10, folder, n):
-    """CIFAR10 and images of CIFAR-5M (Nakkiran et al. 2021) up to n, or to the last (Fig. 4).
-
-    `folder` holds the parts of CIFAR-5M as they come: *.npz, X (k, 32, 32, 3) uint8 and Y (k,).
-    """
-    images, labels, *_ = cifar10
-    for path in sorted(folder.glob("*.npz")):
-        if len(labels) < n:
-            try:
-                with np.load(path) as part:
-                    x, y = torch.from_numpy(part["X"]), torch.from_numpy(part["Y"])
-                images = torch.cat([images, x.permute(0, 3, 1, 2)])[:n]
-                labels = torch.cat([labels, y.long()])[:n]
-            except Exception as error:
-                raise Problem(f"{path} is damaged or no part of CIFAR-5M ({error}): download it "
-                              "again") from None
-    if len(labels) < n and images is cifar10.train_x:
-        raise Problem(f"{folder} holds no part of CIFAR-5M: put its .npz files there "
-                      "(https://github.com/preetum/cifar5m)")
-    return cifar10._replace(train_x=images, train_y=labels)
-
-
-def read_image(path, size):
-    """The middle square of an image, scaled to (size, size, 3) uint8."""
-    try:
-        image = Image.open(path)
-        if image.mode[0] in "IF":  # to make 8 bits of these, PIL would clip them
-            raise ValueError("more than 8 bits a channel")
-        return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR))
-    except Exception as error:  # a decoder may raise anything
-        raise Problem(f"cannot read the image {path} ({error}): mend or delete it") from None
-
-
-def image_folder(folder, image_size):
-    """A folder with train/<class>/* and test/<class>/* (or val/); hidden files do not count."""
-    parts = []
-    for part in ("train", "test", "val"):
-        names = sorted(glob("*/**/*", root_dir=folder / part, recursive=True))
-        parts.append({folder / part / name: Path(name).parts[0]
-                      for name in names if is_image_file(name)})
-    annotations = folder / "val" / "val_annotations.txt"
-    if annotations.exists():  # Tiny ImageNet as it comes, with all classes in one folder
-        rows = re.findall(r"(\S+)\t(\S+).*", annotations.read_text())
-        parts.append({folder / "val" / "images" / name: label for name, label in rows})
-    # a class without any readable image is an error, not one class less
-    classes = sorted(Path(name).name for name in glob("*/", root_dir=folder / "train"))
-    train, *tests = ([(path, classes.index(label)) for path, label in part.items()]
-                     if {*part.values()} == {*classes} else [] for part in parts)
-    test = next(filter(None, tests), None)
-    if train and test:
-        read = partial(read_image, size=image_size)
-        return Data(*stack(train, read), *stack(test, read), classes)
-    raise Problem(f"{folder} needs train/<class>/ and test/<class>/ (or val/) folders of images, "
-                  "with the same classes in both")
-
-
-def gaussian_noise(n, image_size):
-    """The paper's control (Fig. 4): σ = 1 after normalisation; 8 bits hold ±4σ in steps of σ/32."""
-    pixels = np.random.default_rng(0).standard_normal((n, 3, image_size, image_size), np.float32)
-    x = torch.from_numpy((pixels * 32 + 128).round().clip(0, 255).astype(np.uint8))
-    y = torch.zeros(n, dtype=torch.int64)
-    return Data(x, y, x[:0], y[:0], ["noise"])
-
-
-LEAF = {  # is the point (±u, ±v) inside a leaf of radius 1 about the origin?
-    "disc": lambda u, v: u * u + v * v < 1,
-    "box": lambda u, v: np.maximum(u, v) < 0.886,
-    "star": lambda u, v: np.sqrt(u) + np.sqrt(v) < 1.3,
-    "ring": lambda u, v: abs(u * u + v * v - 0.85) < 0.5,
-    "cross": lambda u, v: (np.minimum(u, v) < 0.35) & (np.maximum(u, v) < 1.2),
-}
-# leaf, √(length/width), sizes fall as r^-2 or r^-3, how far colours spread from dark to light
-LEAF_CLASSES = [
-    ("disc", 1.0, 3, 1.0), ("disc", 2.0, 2, 0.5), ("box", 1.0, 2, 0.5), ("box", 2.0, 3, 1.0),
-    ("star", 1.0, 3, 0.5), ("star", 1.6, 2, 1.0), ("ring", 1.0, 2, 1.0), ("ring", 1.6, 3, 0.5),
-    ("cross", 1.0, 2, 0.5), ("cross", 1.6, 3, 1.0)]
-
-
-def dead_leaves(n_train=1000, n_test=200, n_leaves=50, size=32):
-    """Images of opaque leaves of power-law size that fell on one another; n_train + n_test a class.
-
-    The standard generative model of natural-image statistics (Lee, Mumford & Huang 2001; Baradad et
-    al. 2021). Classes differ in the leaves' shape, elongation, law of sizes and palette. Only +, -,
-    ×, ÷, √ and uniform draws are used, which IEEE 754 fixes to the last bit: sines or powers would
-    give other bytes on another processor.
-    """
-    rng, n = np.random.default_rng(0), n_train + n_test
-    y, x = (np.mgrid[:size, :size] + 0.5).astype(np.float32)  # of the pixels
-    images = torch.empty(len(LEAF_CLASSES), n, 3, size, size, dtype=torch.uint8)
-    for canvas, (leaf, stretch, law, light) in zip(images.numpy(), LEAF_CLASSES):
-        cx, cy, t, u, grey, *rgb = rng.random((8, n, n_leaves, 1, 1), np.float32)
-        cx, cy = ((c * 1.25 - 0.125) * size for c in (cx, cy))
-        t = 2 * t - 1
-        cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)  # a direction within ±90°
-        # radii of 1.5 to 14 pixels, by inverting the distribution function of r or r² at u
-        small, large = 1.5 ** (law - 1), 14.0 ** (law - 1)
-        radius = 1 / large + u * (1 / small - 1 / large)
-        radius = 1 / (radius if law == 2 else np.sqrt(radius))
-        colour = light * (2 * grey - 1) + (1.2 - light) * (2 * np.concatenate(rgb, axis=2) - 1)
-        colour = (127.5 + 127.5 * np.clip(colour, -1, 1)).astype(np.uint8)[..., None]
-        canvas[:] = colour[:, 0]  # leaf 0 is the ground
-        for i in range(1, n_leaves):
-            dx, dy = x - cx[:, i], y - cy[:, i]
-            u = (dx * cos[:, i] + dy * sin[:, i]) / (radius[:, i] * stretch)
-            v = (dy * cos[:, i] - dx * sin[:, i]) / (radius[:, i] / stretch)
-            np.copyto(canvas, colour[:, i], where=LEAF[leaf](abs(u), abs(v))[:, None])
-    labels = torch.arange(len(LEAF_CLASSES))
-    return Data(images[:, :n_train].flatten(0, 1), labels.repeat_interleave(n_train),
-                images[:, n_train:].flatten(0, 1), labels.repeat_interleave(n_test),
-                [f"{leaf} {stretch}" for leaf, stretch, *_ in LEAF_CLASSES])
-
-
-# ---- The training loop with labels, for prune.py and landscape.py --------------------------------
-
-def classifier(encoder, r, n_classes, args, device):
-    """(network, optimizer, scaler) for `fine_tune`: `encoder`, with embeddings of width r, and a
-    linear head, which args.seed fixes; and what trains them.
-    """
-    torch.manual_seed(args.seed)
-    network = nn.Sequential(OrderedDict(encoder=encoder.requires_grad_(True),
-                                        head=nn.Linear(r, n_classes))).train().to(device)
-    optimizer = torch.optim.SGD(network.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
-    return network, optimizer, torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-
-
-def classify(network, images, stats, amp):
-    """uint8 images (B, 3, s, s) -> (B, classes) float32 logits of a classifier."""
-    return network.head(embed(network.encoder, normalise(images, stats), amp))
-
-
-def augment(images, seed, step):
-    """uint8 (B, 3, s, s) -> the same shape: flipped left to right or not, padded with 4 black
-    pixels a side, cropped at random.
-
-    The random numbers depend on (seed, step) alone, so that rewinding to a step brings back its
-    very images.
-    """
-    n, size = len(images), images.shape[-1]
-    rng = np.random.default_rng((seed, step, 1))  # 1: not the stream (seed, epoch) of the order
-    top, left, flip = (torch.from_numpy(rng.integers(high, size=n)).to(images.device)
-                       for high in (9, 9, 2))  # 9 places for a crop, each way
-    padded = F.pad(images, [4] * 4)
-    padded = torch.where(flip.view(n, 1, 1, 1) == 1, padded.flip(3), padded)
-    crops = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, 9, 9, s, s): all, as a view
-    return crops[torch.arange(n, device=images.device), :, top, left]
-
-
-def fine_tune(network, optimizer, scaler, images, labels, args, order_seed, start=0):
-    """`train` a classifier for args.epochs epochs with labels, flips and crops.
-
-    The learning rate args.lr falls tenfold at half and at three quarters of the steps (epochs 80
-    and 120 of 160). Trainings with one args.seed differ at most in their `order_seed`, that of the
-    order of the data.
-    """
-    stats, steps = channel_stats(images), args.epochs * math.ceil(len(images) / args.batch_size)
-
-    def batch_loss(index, step):
-        crops = augment(images[index], args.seed, step)
-        return F.cross_entropy(classify(network, crops, stats, args.amp), labels[index])
-
-    def learning_rate(step):
-        return args.lr * 0.1 ** sum(step >= round(milestone * steps) for milestone in (0.5, 0.75))
-
-    return train(batch_loss, len(images), optimizer, scaler, learning_rate, steps=steps,
-                 batch_size=args.batch_size, seed=order_seed, start=start)
-
+# ---- The experiment ------------------------------------------------------------------------------
 
 @torch.no_grad()
-def classification_accuracy(network, images, labels, stats, amp):
-    """Share of uint8 images (n, 3, s, s) classified right, in %; eval mode, then train mode."""
-    network.eval()
-    predicted = torch.cat([classify(network, x, stats, amp).argmax(1) for x in images.split(500)])
-    network.train()
-    return 100 * (predicted == labels).double().mean().item()
+def teacher_vectors(teacher, images, stats, batch_size=256):
+    """uint8 images (n, 3, s, s) -> what the teacher's projector makes of them: vectors (n, 256).
 
-
-# ---- The machine ---------------------------------------------------------------------------------
-
-def pick_device(name):
-    """The torch.device for --device auto, cpu or cuda. Raises Problem where there is no CUDA."""
-    torch.backends.cudnn.benchmark = True  # batches of one shape: find the fastest convolution
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # 10 bits
-    if name == "cuda" and not torch.cuda.is_available():
-        raise Problem("--device cuda, but torch sees no CUDA device here: use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def cpuinfo():
-    """What Linux says of the processor; nothing elsewhere."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
-
-
-def has_batch_norm(arch, norm="batch"):
-    return arch.startswith("resnet") and norm == "batch"
-
-
-def pick_amp(amp, device, arch, norm="batch"):
-    """Resolve --amp auto: bf16 where the hardware multiplies it fast, else fp16 on CUDA, else
-    float32 ("off").
-
-    Float32 also where there is no batch norm: in bf16 VGG11 hardly learned, in the one run that we
-    measured, while ResNet20 learns as in float32 (results/README.md).
+    The teacher runs once. It is frozen, the images are not augmented, and in eval mode its output
+    for an image does not depend on the rest of the batch: so n vectors of 256 numbers hold all that
+    it will ever say (its n·m logits would take 13 GB), and a step costs no teacher encoder. They
+    are made in float32 also where the student's encoder runs in 16 bits: for ResNet20 that was
+    measured to do no harm (results/README.md).
     """
-    if amp != "auto":
-        return amp
-    if not has_batch_norm(arch, norm):
-        return "off"
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if re.search("amx_bf16|avx512_bf16", cpuinfo()) else "off"
+    return torch.cat([teacher.projector(embed(teacher.encoder, normalise(x, stats)))
+                      for x in images.split(batch_size)])
 
 
-def git(*words):
-    """What a git command says of this repository; nothing without git."""
-    command = ["git", "-C", Path(__file__).parent, *words]
-    with suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+def distill(teacher, student, images, optimizer, *, divergence=KLDivergence.apply, amp="off",
+            batch_size=256, **loop):
+    """Train `student` to say of each image what `teacher` says: the iterator that `train` returns.
 
+    The paper's whole experiment, with uint8 images (n, 3, s, s) on the networks' device:
 
-def provenance(device):
-    """On what, and by which version of this code: {"hardware", "torch", "commit"}, kept beside
-    every result.
+        teacher = random_network(0, "resnet20", out_dim=1024)
+        student = init_student(teacher, random_network(1, "resnet20", out_dim=1024), eps=0.0)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0)
+        for step, loss, _ in distill(teacher, student, images, optimizer, steps=400):
+            print(step, loss.item())
+
+    AdamW without weight decay is Adam. `divergence` maps teacher and student logits (B, m) to a
+    scalar, `amp` is that of `autocast`, and `loop` are further arguments of `train`. There are no
+    labels, and there is no augmentation.
     """
-    processor = re.search("model name.*: (.*)|$", cpuinfo())[1] or "an unknown processor"
-    hardware = f"{os.cpu_count()} cores of {processor}"
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name()
-    ours = git("ls-files", Path(__file__).name)  # or of a repository in which this code merely lies
-    commit = git("describe", "--always", "--dirty", "--exclude=*") if ours else ""  # no tag
-    return {"hardware": hardware, "torch": str(torch.__version__), "commit": commit}
+    # In eval mode a random teacher's batch norms use their initial statistics, mean 0 and variance
+    # 1, while the student's use each batch's own: so with batch norm the two differ even at ε = 0,
+    # and the student has something to learn
+    teacher.requires_grad_(False).eval()
+    student.train()
+    stats = channel_stats(images)
+    vectors = teacher_vectors(teacher, images, stats, batch_size)
+
+    def batch_loss(index):
+        x = normalise(images[index], stats)
+        teacher_logits = teacher.last_layer(vectors[index])
+        student_logits = student(x, amp)
+        return divergence(teacher_logits, student_logits)
+
+    return train(batch_loss, len(images), optimizer, batch_size=batch_size, **loop)
 
 
-# ---- Files and checkpoints -----------------------------------------------------------------------
+# ==== Here the idea ends. Below: checkpoints, data, options, and `main`, which logs and probes ====
 
-def write_atomically(path, write):
-    """Call `write(file)` on a temporary neighbour of `path`, then rename it: readers see the old
-    file or the new one.
+# ---- Checkpoints and other files -----------------------------------------------------------------
+
+class Problem(SystemExit):
+    """Something the user can put right: a line that says how, with which the script ends."""
+
+
+NETWORK_SETTINGS = ("arch", "out_dim", "image_size", "norm", "l2_bottleneck")
+
+
+def load_checkpoint(path):
+    """(teacher, student, config) of a run directory or .pt file: Networks on the CPU, in eval mode
+    and frozen, so that embed(student.encoder, images) are its features; and the run's settings:
+    options, n_images, total_steps and `step`, how far it is. Raises Problem.
     """
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        raise Problem(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full or "
-                      "read-only?") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    checkpoint = read_checkpoint(Path(path))
+    config = {**checkpoint["config"], "step": checkpoint["step"]}
+    networks = [Network(*(config[name] for name in NETWORK_SETTINGS)) for _ in range(2)]
+    for network, role in zip(networks, ("teacher", "student")):
+        network.to(memory_format=torch.channels_last).load_state_dict(checkpoint[role])
+    return *(network.eval().requires_grad_(False) for network in networks), config
 
 
-def write_text(path, text):
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def write_json(path, result):
-    """Write a dict, a key a line or so, for people and for scripts."""
-    write_text(path, f"{json.dumps(result, indent=2)}\n")
-
-
-def read_json(path):
-    """The dict in a file that write_json wrote. Raises Problem."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise Problem(f"{path} is truncated or not ours ({type(error).__name__}): name another "
-                      "file, or make this one again") from None
-
-
-def table(columns, rows):
-    """A list of dicts as the text of a .csv file; what a row lacks stays empty."""
-    lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
-    return "".join(f"{','.join(map(str, line))}\n" for line in lines)
-
-
-def write_csv(path, columns, rows):
-    text = table(columns, rows)
-    if not path.exists() or path.read_text() != text:  # a finished run may be read-only
-        write_text(path, text)
-
-
-def check_undisturbed(path, columns, rows):
-    """Raise Problem if another process has written the .csv file since we wrote these rows."""
-    if path.exists() and path.read_text() != table(columns, rows):
-        raise Problem(f"another process writes to {path.parent}, too, and goes on alone: give each "
-                      "run an --out of its own")
-
-
-def save_checkpoint(path, script, **content):
-    """Write a checkpoint of `script`: plain values, tensors, and dicts and lists of them."""
-    content["format"] = f"random teachers 3, {script}"
-    write_atomically(path, lambda file: torch.save(content, file))
-
-
-def run_folder(path):
-    """The directory of a run that is named by it, or by a checkpoint in it."""
-    return path.parent if path.suffix == ".pt" or path.is_file() else path
+def checksum(content):
+    """A number for dicts, lists and tensors in one another: two agree if their contents do."""
+    if torch.is_tensor(content):
+        return zlib.crc32(content.cpu().reshape(-1).numpy())
+    if isinstance(content, dict):
+        content = [*content.items()]
+    if isinstance(content, (list, tuple)):
+        content = [*map(checksum, content)]
+    return zlib.crc32(str(content).encode())
 
 
 def read_checkpoint(path, script="distill.py"):
@@ -782,491 +394,487 @@ def read_checkpoint(path, script="distill.py"):
         raise Problem(f"no checkpoint at {path}: make one with {script}, or name its run directory")
     warnings.filterwarnings("ignore", module="torch._weights_only_unpickler")  # on foreign files
     try:
-        damaged = ZipFile(path).testzip()  # by its checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        weights = [t for part in checkpoint.values() if isinstance(part, dict)
-                   for t in part.values() if torch.is_tensor(t)]
-    except Exception as error:  # torch has many, one for each way in which a file can be broken
-        raise Problem(f"{path} is truncated or no checkpoint ({type(error).__name__}): name "
-                      f"another, or run {script} again") from None
-    if checkpoint.get("format") != f"random teachers 3, {script}":
-        raise Problem(f"{path} is not a checkpoint of {script} of this version: name a run "
-                      "directory that it made")
-    if damaged or not all(t.isfinite().all() for t in weights):
-        raise Problem(f"{path} is damaged, or holds weights that are not finite: name another, or "
-                      f"run {script} again")
+        damaged = checkpoint.pop("checksum") != checksum(checkpoint)
+    except Exception:  # torch has many, one for each way in which a file can be broken
+        damaged = True
+    if damaged or checkpoint["format"] != f"{script} 4":
+        raise Problem(f"{path} is truncated, damaged or no checkpoint of this {script}: name "
+                      f"another, or run {script} again")
     return checkpoint
 
 
-def load_networks(path):
-    """(teacher, student, config) of a run directory or .pt file: whole Networks, on the CPU.
-
-    The config says how far the run is, too: "step" and "total_steps". Raises Problem.
+def save(path, content):
+    """Write a dict to a .pt or .json file, or a list of dicts to a .csv file, so that readers see
+    the old file or the new one. For other files, `content(path)` writes. Raises Problem.
     """
-    checkpoint = read_checkpoint(Path(path))
+    temporary = path.with_name(f".tmp-{path.name}")
     try:
-        config = {**checkpoint["config"], "step": int(checkpoint["step"]),
-                  "total_steps": int(checkpoint["about"]["total_steps"])}
-        for key, default in to_config(parse_args([])).items():
-            if not (default is None or key in MAY_CHANGE or type(config[key]) is type(default)):
-                raise TypeError(f"--{key.replace('_', '-')} is {config[key]}")
-        networks = [Network(*(config[key] for key in SETTINGS)) for _ in range(2)]
-        for network, role in zip(networks, ("teacher", "student")):
-            network.to(memory_format=torch.channels_last).load_state_dict(checkpoint[role])
-    except Exception as error:
-        reason = " ".join(str(error).split())[:150]
-        raise Problem(f"{path} does not fit this distill.py ({reason}): distil again") from None
-    return *networks, config
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".pt":
+            torch.save({**content, "checksum": checksum(content)}, temporary)
+        elif path.suffix == ".json":
+            temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        elif path.suffix == ".csv":
+            columns = dict.fromkeys(name for row in content for name in row)
+            lines = [columns, *([row.get(name, "") for name in columns] for row in content)]
+            temporary.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+        else:
+            content(temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError, ValueError) as error:  # torch's at a full disk is a RuntimeError
+        raise Problem(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
-def progress(config):
-    """' (step 21 of 400)' for a run with this config of load_networks; '' if it is finished."""
-    step, total = config["step"], config["total_steps"]
-    return f" (step {step:,} of {total:,})" if step < total else ""
-
-
-def load_checkpoint(path, device="cpu"):
-    """(teacher encoder, student encoder, config dict) of a run directory or .pt file, in eval mode
-    and frozen.
-
-    Encoders map normalised images (B, 3, s, s) to embeddings (B, r); s is config["image_size"].
-    Raises Problem.
+@contextmanager
+def run_directory(folder, resume, script="distill.py"):
+    """Make `folder` and keep other processes out of it until this one leaves or is killed; yield
+    the checkpoint to go on from, or {} where a run begins. Raises Problem rather than mix runs.
     """
-    *networks, config = load_networks(path)
-    return *(network.encoder.eval().requires_grad_(False).to(device)
-             for network in networks), config
-
-
-def fingerprint(module):
-    """A string that two modules of one kind share if their weights and buffers are equal, and how
-    group norms divide their channels.
-    """
-    parts = [t.cpu().numpy().tobytes() for t in module.state_dict().values()]
-    parts += [b"%d " % m.num_groups for m in module.modules() if isinstance(m, nn.GroupNorm)]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise Problem(f"cannot write to {folder}, or another process does ({error}): name another "
+                      "directory with --out") from None
+    try:
+        begun = any((folder / name).exists() for name in ("last.pt", "log.csv", "connect.npz"))
+        if begun and not resume:
+            raise Problem(f"{folder} holds a run: add --resume to go on, or name another --out")
+        yield read_checkpoint(folder, script) if begun else {}
+    finally:
+        os.close(handle)
 
 
 def to_config(args):
-    """The options as a dict that JSON and checkpoints can hold."""
-    return json.loads(json.dumps(vars(args), default=str))
+    """The options as a dict that JSON can hold: paths, and ε = inf, become text."""
+    return {name: str(value) if isinstance(value, Path) or value == math.inf else value
+            for name, value in vars(args).items()}
 
 
-MAY_CHANGE = {"epochs", "steps", "log_every", "eval_every", "resume", "device", "out", "data_dir",
-              "mirror"}
+# what may be otherwise when a run goes on, because it does not change what the run computes
+MAY_CHANGE = {"epochs", "steps", "total_steps", "log_every", "eval_every", "resume", "device",
+              "out", "run", "provenance"}
 
 
-def check_same(out, begun_with, config, may_change=MAY_CHANGE):
-    """Raise Problem if a setting that must not change differs from the one that `out` was begun
-    with.
+def check_same(path, theirs, ours, ignored=MAY_CHANGE):
+    """Raise Problem, with its name, if a setting in `ours` is another in `theirs`, of `path`."""
+    for name in sorted(ours.keys() - ignored):
+        if isinstance(ours[name], dict):
+            check_same(path, theirs.get(name) or {}, ours[name], ignored)
+        elif theirs.get(name) != ours[name]:
+            raise Problem(f"{path} does not fit: it has {name.replace('_', '-')} "
+                          f"{theirs.get(name)}, not {ours[name]}: name another")
+
+
+def progress(config):
+    """' (step 21 of 400)' for a run with this config of load_checkpoint; '' if it is finished."""
+    unfinished = config["step"] < config["total_steps"]
+    return unfinished * f" (step {config['step']:,} of {config['total_steps']:,})"
+
+
+def run_folder(path):
+    """The directory of a run that is named by it, or by a checkpoint in it."""
+    return path.parent if path.suffix == ".pt" else path
+
+
+# ---- Data: uint8 images, all of them resident on the device --------------------------------------
+
+# images (n, 3, s, s) uint8, labels (n,) int64 in 0..classes-1; without labels there is no test part
+Data = namedtuple("Data", "train_x train_y test_x test_y classes")
+DOWNLOADS = ("cifar10", "cifar100", "stl10")  # by torchvision
+MADE = ("leaves", "tinyimagenet", "cifar5m")  # by the scripts in datasets/, as data/<name>*.npz
+
+
+def load_data(name, image_size=32, device="cpu", n=None):
+    """The Data of that name: one of DOWNLOADS, noise, a folder that holds train/<class>/* and
+    test/<class>/* (or val/), a .npz file, or data/<name>.npz; of noise at least n images. Raises
+    Problem.
     """
-    for key in config:
-        if begun_with.get(key) != config[key] and key not in may_change:
-            raise Problem(f"{out} does not fit: it was run with --{key.replace('_', '-')} "
-                          f"{begun_with.get(key)}, not {config[key]}: name another")
+    file = Path(name if name.endswith(".npz") else f"data/{name}.npz")
+    if name in DOWNLOADS:
+        data = torchvision_data(name)
+    elif name == "noise":
+        data = gaussian_noise(max(n or 0, 50_000), image_size)
+    elif Path(name).is_dir():
+        data = image_folder(Path(name), image_size)
+    elif file.exists():
+        data = npz_data(file)
+    elif name.startswith(MADE):
+        raise Problem(f"{file} is not there: python datasets/{name.split('-')[0]}.py makes it")
+    else:
+        raise Problem(f"no data set, folder or .npz file is called {name}; there are "
+                      f"{', '.join(DOWNLOADS + MADE)}, noise, or any folder of images")
+    train_x, train_y, test_x, test_y, classes = data
+    tensors = resize(train_x, image_size), train_y, resize(test_x, image_size), test_y
+    return Data(*(tensor.to(device) for tensor in tensors), classes)
 
 
-def checkpoint_to_resume(args, script="distill.py", may_change=MAY_CHANGE):
-    """The checkpoint in the directory args.out to go on from, or None: then the directory is made.
+def stratified_subset(x, y, n):
+    """n of the images x (N, ...) and labels y (N,), each class in its share up to one; None: all.
 
-    Raises Problem rather than mix or lose runs.
+    It looks at labels, as the paper's balanced subsets do (Fig. 4). Raises Problem if n exceeds N.
     """
-    if not (args.out / "last.pt").exists():
-        if any((args.out / name).exists() for name in ("log.csv", "connect.npz")):
-            raise Problem(f"{args.out} holds results without their last.pt: name another directory "
-                          "with --out")
-        args.out.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=args.out).close()  # if it cannot be written, say so now
-        return None
-    if not args.resume:
-        raise Problem(f"{args.out}/last.pt exists: add --resume to go on with it, or name another "
-                      "directory with --out")
-    checkpoint = read_checkpoint(args.out, script)
-    if args.amp == "auto":
-        args.amp = checkpoint["config"]["amp"]
-    check_same(args.out, checkpoint["config"], to_config(args), may_change)
-    return checkpoint
+    if n in (None, len(y)):
+        return x, y
+    if n > len(y):
+        raise Problem(f"--n-samples {n:,} is more than the {len(y):,} training images there are")
+    shuffled = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    member, rank = F.one_hot(y.cpu()[shuffled]), torch.empty(len(y))
+    # the k-th of K members ranks at (k − 1/2)/K: the n lowest take each class evenly
+    ranks = (member.cumsum(0) - 0.5) / member.sum(0)
+    rank[shuffled] = ranks.gather(1, member.argmax(1, keepdim=True))[:, 0]
+    chosen = rank.argsort(stable=True)[:n].sort().values
+    return x[chosen], y[chosen]
 
 
-# ---- Options and figures -------------------------------------------------------------------------
+def to_tensors(pairs):
+    """n pairs of an image (s, s, 3) uint8 and a label -> (n, 3, s, s) uint8 and (n,) int64."""
+    images, labels = zip(*pairs)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a number of `kind`, int or float, from `low` to `high`."""
-    def number(text):  # so argparse says "invalid number value"
-        value = kind(text)
-        if not low <= value <= high:  # so written, it refuses nan too
+
+def torchvision_data(name):
+    """CIFAR or STL10's labelled images, by torchvision's downloader, which checks the MD5 sum of
+    what it gets, also from DATA_MIRROR, the URL of a directory with the same archives.
+    """
+    source = getattr(torchvision.datasets, name.upper())
+    host = os.environ.get("DATA_MIRROR") or source.url.rpartition("/")[0]
+    source.url = f"{host.rstrip('/')}/{source.filename}"
+    try:
+        train, test = (source("data", split, download=True)
+                       for split in (("train", "test") if name == "stl10" else (True, False)))
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise Problem(f"cannot download {source.url} ({reason}): set DATA_MIRROR to the URL of a "
+                      f"directory with {source.filename}, or take --dataset leaves") from None
+    return Data(*to_tensors(train), *to_tensors(test), train.classes)
+
+
+def gaussian_noise(n, image_size):
+    """The paper's control (Fig. 4): σ = 1 after normalisation; 8 bits hold ±4σ in 32nds of σ."""
+    pixels = np.random.default_rng(0).standard_normal((n, 3, image_size, image_size), np.float32)
+    x = torch.from_numpy((pixels * 32 + 128).round().clip(0, 255).astype(np.uint8))
+    y = torch.zeros(n, dtype=torch.int64)
+    return Data(x, y, x[:0], y[:0], ["noise"])
+
+
+def npz_data(path):
+    """The Data of a file as the scripts in datasets/ write it: train_x and test_x (n, s, s, 3)
+    uint8, train_y and test_y (n,), classes.
+    """
+    try:
+        with np.load(path) as file:
+            *arrays, classes = (file[name] for name in Data._fields)
+        for x, y in (arrays[:2], arrays[2:]):
+            n, size = x.shape[:2]
+            # bincount wants whole numbers from 0 on
+            if (x.dtype != np.uint8 or x.shape != (n, size, size, 3) or y.shape != (n,)
+                    or not 0 < len(np.bincount(y)) <= len(classes)):
+                raise ValueError(f"images {x.dtype} {x.shape}, labels {y.dtype} {y.shape}")
+        x, y, test_x, test_y = map(torch.from_numpy, arrays)
+    except Exception as error:
+        raise Problem(f"{path} is no data set ({error}): make it again") from None
+    return Data(x.permute(0, 3, 1, 2), y.long(), test_x.permute(0, 3, 1, 2), test_y.long(),
+                classes.tolist())
+
+
+def read_image(path, size):
+    """The middle square of an image, scaled to (size, size, 3) uint8."""
+    try:
+        image = Image.open(path)
+        if image.mode[0] in "IF":  # to make 8 bits of these, PIL would clip them
+            raise ValueError("more than 8 bits a channel")
+        return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR))
+    except Exception as error:  # a decoder may raise anything
+        raise Problem(f"cannot read the image {path} ({error}): mend or delete it") from None
+
+
+def image_folder(folder, size):
+    """The Data of train/<class>/* and test/<class>/* (or val/), at any depth, but for hidden files.
+
+    No link to a folder inside a class is followed; a file that is linked to counts once.
+    """
+    # a class without any readable image is an error, not one class less
+    classes = sorted(path.name for path in folder.glob("train/[!.]*") if path.is_dir())
+    parts = []
+    for part in (folder / "train", folder / "test", folder / "val"):
+        labels = {}
+        for path in sorted(part.glob("*/**/*")):
+            names = path.relative_to(part).parts
+            if is_image_file(path.name) and not any(name.startswith(".") for name in names):
+                label = labels.setdefault(os.path.realpath(path), names[0])
+                if label != names[0]:
+                    raise Problem(f"{path} is in class {label}, too: remove one of them")
+        parts.append(labels.items() if {*labels.values()} == {*classes} else ())
+    train, test = parts[0], parts[1] or parts[2]
+    if not train or not test:
+        raise Problem(f"{folder} needs train/<class>/ and test/<class>/ (or val/) folders of "
+                      "images, with the same classes in both")
+    return Data(*(tensor for part in (train, test) for tensor in to_tensors(
+        (read_image(path, size), classes.index(name)) for path, name in part)), classes)
+
+
+# ---- The machine ---------------------------------------------------------------------------------
+
+CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""  # Linux
+
+
+def pick_device(name):
+    """The torch.device for --device auto, cpu or cuda. Raises Problem where there is no CUDA."""
+    torch.backends.cudnn.benchmark = True  # batches of one shape: find the fastest convolution
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # rounds
+    if name == "cuda" and not torch.cuda.is_available():
+        raise Problem("--device cuda, but torch sees no CUDA device here: use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def pick_amp(amp, device, arch, norm="batch"):
+    """Resolve --amp auto: bf16 where the hardware is fast at it, but off without batch norm: VGG11
+    hardly learned in bf16 (results/README.md).
+    """
+    fast = re.search("amx_bf16|avx512_bf16", CPUINFO)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    auto = "bf16" if fast and norm == "batch" and arch.startswith("resnet") else "off"
+    return auto if amp == "auto" else amp
+
+
+def provenance(device):
+    """{"hardware", "torch", "commit"}: on what and by which code a result is made."""
+    hardware = f"{os.cpu_count()} cores of {re.search('model name.*: (.*)|$', CPUINFO)[1] or '?'}"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name()
+    git = f"git -C '{Path(__file__).parent}' describe --always --dirty --exclude='*' 2>/dev/null"
+    return {"hardware": hardware, "torch": str(torch.__version__),
+            "commit": subprocess.getoutput(git)}
+
+
+def say(text=""):
+    """Print a line at once. When nobody can read any more (`| head`), go on in silence."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def caught_signals():
+    """Inside, Ctrl-C, a cluster that wants its node and a closed terminal do not end the process:
+    they append to the list that this yields.
+    """
+    caught, handlers = [], {}
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+            handlers[signum] = signal.signal(signum, lambda signum, _: caught.append(signum))
+    try:
+        yield caught
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+# ---- Options -------------------------------------------------------------------------------------
+
+def new_parser(doc, prog=None):
+    """An argument parser that shows the beginning of a docstring and the default of each option."""
+    return argparse.ArgumentParser(prog, description=doc.partition("\n\n")[0],
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def between(low, high, kind=int):
+    """An argparse type: a number of `kind`, int or float, from `low` to `high`; never nan."""
+    def number(text):
+        if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"must be at least {low} and at most {high}")
-        return value
+        return kind(text)
     return number
 
 
-POSITIVE, SEED = number(int, 1, 2**31), number(int, 0, 2**62)
+POSITIVE, SEED = between(1, 2**31), between(0, 2**62)
 
 
-def picture(text):
-    """An argparse type: the path of a picture that matplotlib can write."""
-    if not text.endswith((".png", ".pdf", ".svg")):
-        raise argparse.ArgumentTypeError("wants a name that ends in .png, .pdf or .svg")
-    return Path(text)
-
-
-def make_parser(doc, prog=None):
-    """(parser, add): add(name, help, default, ...) adds an option whose help ends with its default.
-    """
-    parser = argparse.ArgumentParser(prog=prog, description=doc,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def add(name, help, default=None, **options):
-        shown = "" if default is None or default is False else f" (default: {default})"
-        parser.add_argument(name, default=default, help=help + shown, **options)
-    return parser, add
-
-
-def add_common_options(add, amp="auto"):
-    """The options that all scripts share."""
-    add("--device", "auto: cuda where there is one", "auto", choices=("auto", "cpu", "cuda"))
-    add("--amp", "16-bit encoder; auto: where the hardware is fast at it and the encoder has batch "
-        "norm", amp, choices=dict.fromkeys((amp, "bf16", "fp16", "off")))
-    add("--resume", "go on with what an interrupted call left, on a CPU to the same numbers", False,
-        action="store_true")
-    add("--data-dir", "where downloads go", "data")
-    add("--mirror", "URL of a directory with the archives (or set DATA_MIRROR)",
-        os.environ.get("DATA_MIRROR"))
-
-
-def add_fine_tuning_options(add):
-    """The options of supervised training, as the paper has it for Fig. 8."""
-    add("--epochs", "epochs of a training; the learning rate falls tenfold at 1/2 and 3/4 of them",
-        160, type=POSITIVE)
-    add("--lr", "SGD's first learning rate, momentum 0.9, weight decay 1e-4 (default: 0.1, for "
-        "resnet20 0.05)", type=number(float, 0))
-    add("--batch-size", "images a step", 256, type=POSITIVE)
-    add("--dataset", "labelled data to train on (default: the one the run was probed on)")
-    add("--n-samples", "train on so many images, each class in its share (default: all)",
-        type=POSITIVE)
-    add("--seed", "of the linear classifier, the order of the data and the crops (default: the "
-        "run's)", type=SEED)
-
-
-def fill_defaults(args, distilled):
-    """Set the options of fine-tuning that depend on the distilled run, of config `distilled`."""
-    args.dataset = args.dataset or distilled["probe_dataset"] or distilled["dataset"]
-    args.seed = distilled["seed"] if args.seed is None else args.seed
-    if args.lr is None:
-        args.lr = 0.05 if distilled["arch"] == "resnet20" else 0.1
-
-
-def new_figure(*shape, **options):
-    """matplotlib's subplots; imported here, so that all numbers come out without it."""
-    os.environ["MPLBACKEND"] = "agg"  # nothing but files, whatever a notebook has set
-    import matplotlib.pyplot
-    return matplotlib.pyplot.subplots(*shape, layout="constrained", **options)
-
-
-def save_figure(figure, path):
-    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150))
-    say(f"the picture: {path}")
+def add_common_options(add):
+    """Of all scripts that train or measure for long; `add` is a parser's add_argument."""
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda if there")
+    add("--amp", default="auto", choices=("auto", "bf16", "off"), help="16-bit encoder; auto: "
+        "where the hardware is fast at it and the encoder has batch norm")
+    add("--resume", action="store_true", help="go on with what an interrupted call left, on a CPU "
+        "to the same numbers")
 
 
 def parse_args(argv=None):
-    parser, add = make_parser(__doc__)
-    add("--arch", "encoder; on a CPU take resnet20", "resnet18", choices=ARCHS)
-    add("--init-eps", "student = (teacher + ε·independent)/√(1+ε²): 0 starts at the teacher, inf "
-        "independently of it; the paper's α is ε/(1+ε), so α=0.5 is ε=1 and α=0.6 is ε=1.5. "
-        "Without batch norm (vgg*, vit*) 0 is a fixed point that only rounding leaves; the paper's "
-        "α≈0 is 1e-10", 0.0, type=number(float, 0), metavar="ε")
-    add("--dataset", f"{', '.join(DATASETS)}, or a folder that holds train/<class>/ and "
-        "test/<class>/ (or val/)", "cifar10")
-    add("--probe-dataset", "labelled data for the probes (default: --dataset); noise needs it")
-    add("--n-samples", "distil on so many training images, each class in its share (default: all)",
-        type=POSITIVE)
-    add("--image-size", "images become so many pixels square; those of a folder keep their shape "
-        "and are cropped", 32, type=number(int, 16))
-    add("--out-dim", "number of logits m; 1024 spares a CPU much work and costs little (Fig. 10)",
-        2**16, type=POSITIVE)
-    add("--norm", "what normalises a ResNet's activations (Fig. 11)", "batch", choices=NORMS)
-    add("--bottleneck", "what of the projector's and the network's last layers is on: w, rows of "
-        "unit length; l, the linear map; f, output of unit length (Fig. 12). lf/l is the released "
-        "code: the KL is 10 times smaller", "lf/wl",
-        choices=("lf/wl", "lf/l", "l/wl", "l/l", "f/wl", "lf/"))
-    add("--teacher", "run directory whose student is the teacher, not a random network: a second "
-        "round (Fig. 18)")
-    add("--loss", "kl-log-softmax is the KL computed the usual way, off by several per cent at "
-        "1e-6 nats; mse is that of the logits", "kl", choices=LOSSES)
-    add("--optimizer", "sgd has momentum 0.9 and wants a far higher --lr", "adamw",
-        choices=("adamw", "sgd"))
-    add("--epochs", "passes over the training images", 100, type=POSITIVE)
-    add("--steps", "stop after so many steps, if that is earlier", type=POSITIVE)
-    add("--batch-size", "images a step", 256, type=POSITIVE)
-    add("--lr", "learning rate; VGG11 on few images gains more at 3e-4 (README); weight decay is 0",
-        1e-3, type=number(float, 0))
-    add("--warmup", "steps in which the learning rate rises to --lr; the paper has none",
-        0, type=number(int, 0))
-    add("--seed", "of the teacher, the student's start and the order of the data", 0, type=SEED)
-    add("--log-every", "steps between log lines (default: an epoch, at most 100)", type=POSITIVE)
-    add("--eval-every", "steps between probes, with a checkpoint each (default: a 25th of the "
-        "run, at least 100)", type=POSITIVE)
-    add("--out", "run directory (default: runs/<dataset>-<arch>-eps<ε>-seed<seed>)", type=Path)
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--arch", default="resnet18", choices=EMBEDDING_WIDTH, help="encoder; on a CPU resnet20")
+    add("--norm", default="batch", choices=NORM_LAYERS, help="what normalises a ResNet (Fig. 11)")
+    add("--l2-bottleneck", default="lf/wl", choices=("lf/wl", "lf/l", "l/wl", "l/l", "f/wl", "lf/"),
+        help="l: a linear map, f: output of length 1, w: rows of length 1; lf/l: the released code")
+    add("--loss", default="kl", choices=LOSSES, help="kl-log-softmax: off by some %% at 1e-6 nats")
+    for name, default, kind, text in (
+            ("--init-eps", 0.0, between(0, math.inf, float), "start at (teacher + ε·independent)/"
+             "√(1+ε²): 0 is the teacher, inf independent of it; the paper's α is ε/(1+ε). Without "
+             "batch norm (vgg*, vit*) 0 is a fixed point: take 1e-10, the paper's α≈0"),
+            ("--dataset", "cifar10", str, f"{', '.join(DOWNLOADS)}; {', '.join(MADE)}, from the "
+             "scripts in datasets/; noise; a .npz file; a folder of train/<class>/, test/<class>/"),
+            ("--probe-dataset", None, str, "labelled data for the probes; None: --dataset"),
+            ("--n-samples", None, POSITIVE, "training images, each class in its share; None: all"),
+            ("--image-size", 32, between(16, 2**31), "pixels a side, of the image's middle square"),
+            ("--out-dim", 2**16, POSITIVE, "number of logits m; 1024 spares a CPU much (Fig. 10)"),
+            ("--teacher", None, str, "run whose student is the teacher: a second round (Fig. 18)"),
+            ("--epochs", 100, POSITIVE, "passes over the training images"),
+            ("--steps", None, POSITIVE, "train for so many steps, whatever --epochs says"),
+            ("--batch-size", 256, POSITIVE, "images a step"),
+            ("--lr", 1e-3, between(0, math.inf, float), "of AdamW; VGG11 may want 3e-4 (README)"),
+            ("--seed", 0, SEED, "of teacher, student's start and order of the data"),
+            ("--log-every", None, POSITIVE, "steps between log lines; None: an epoch, at most 100"),
+            ("--eval-every", None, POSITIVE, "steps between probes; None: a 25th, at least 100"),
+            ("--out", None, Path, "run directory; None: runs/<dataset>-<arch>-eps<ε>-seed<seed>")):
+        add(name, default=default, type=kind, help=text)
     add_common_options(add)
     args = parser.parse_args(argv)
     if (args.probe_dataset or args.dataset) == "noise":
-        parser.error("noise has no labels: name a labelled data set with --probe-dataset, for "
-                     "example leaves")
-    if args.arch.startswith("vgg") and args.image_size < 32:
-        parser.error("VGG halves the image five times: --image-size must be at least 32")
-    patch = 8 if args.arch.endswith("-p8") else 16
-    if args.arch.startswith("vit") and args.image_size % patch:
-        parser.error(f"--image-size must be a multiple of the patch size, {patch}")
+        parser.error("noise has no labels: name labelled data with --probe-dataset, say leaves")
+    if args.arch.startswith("v") and args.image_size % 32:
+        parser.error("VGGs and ViTs want an --image-size that is a multiple of 32")
     if args.norm != "batch" and not args.arch.startswith("resnet"):
         parser.error("--norm is for ResNets: VGG has no norm, and a ViT has its own")
-    args.out = args.out or Path(
-        f"runs/{Path(args.dataset).name}-{args.arch}-eps{args.init_eps:g}-seed{args.seed}")
+    dataset = Path(args.dataset).name.removesuffix(".npz")
+    args.out = args.out or Path(f"runs/{dataset}-{args.arch}-eps{args.init_eps:g}-seed{args.seed}")
     return args
 
 
-# ---- What a run prints ---------------------------------------------------------------------------
+# ---- Main ----------------------------------------------------------------------------------------
 
-# of probe.py
-PROBES = {"linear_paper": "linear (paper)", "linear_converged": "linear (converged)", "knn": "k-NN"}
-LOG_COLUMNS = ("step", "epoch", "kl", "distance", "images_per_s", *PROBES)
-
-
-def show(row, eta=""):
-    """Print a row of the log, with its probes if it has any."""
-    say(f"{row['step']:7d} {row['epoch']:7.1f} {row['kl']:10.3e} {row['distance']:9.3f} "
-        f"{row['images_per_s']:9.0f} {eta!s:>9}{scores(row)}")
-
-
-def scores(row):
-    """The probes of a row as they stand on the screen."""
-    return "".join(f"{row[probe]:20.2f}" for probe in PROBES if probe in row)
-
-
-def print_header(args, n_images, steps, device, constant_kl):
-    say(f"{args.arch} on {args.dataset}: {n_images:,} images, {steps:,} steps of "
-        f"{args.batch_size}, m={args.out_dim:,}, ε={args.init_eps:g}, seed {args.seed}, "
-        f"{device.type}, amp {args.amp} -> {args.out}")
-    say(f"a student with the same answer for every image would have a KL of {constant_kl:.2e} nats")
-    say(f"{'step':>7} {'epoch':>7} {'MSE' if args.loss == 'mse' else 'KL (nats)':>10} from init "
-        f" images/s       ETA{''.join(f'{title:>20}' for title in PROBES.values())}")
-
-
-def on_plateau(log, constant_kl):
-    """Whether the KL was within 20 % of the constant student's in all of the last 200 steps."""
-    last = log[-1]["step"]
-    return last >= 200 and all(abs(row["kl"] - constant_kl) < 0.2 * constant_kl
-                               for row in log if row["step"] > last - 200)
-
-
-def give_advice(args, log, constant_kl):
-    """Say below the log's last row if the student does not move, or has come to the plateau of a
-    constant student.
+def constant_student_kl(teacher_logits):
+    """The KL in nats, from teacher logits (n, m), of the best student that gives every image the
+    same answer: the teacher's mean softmax. Without batch norm students may get stuck there.
     """
-    if len(log) == 2 and log[1]["distance"] == 0:
-        say("the student has not moved at all")
-        if args.init_eps == 0 and not has_batch_norm(args.arch, args.norm):
-            say("without batch norm ε=0 is a fixed point, and here nothing rounds it away (README, "
-                "\"The fixed point\"): take --init-eps 1e-10")
-    elif (args.loss != "mse" and on_plateau(log, constant_kl)
-          and not on_plateau(log[:-1], constant_kl)):
-        say("for 200 steps the KL has been that of a student with the same answer for every image; "
-            "it may stay so for long; a VGG11's has not with --lr 3e-4 or --warmup 200 (README, "
-            "\"VGG's plateau\")")
+    p = teacher_logits.softmax(1)
+    return (p * (p / p.mean(0)).log()).sum(1).mean().item()
 
 
-def catch_signals():
-    """From now on Ctrl-C, a cluster that wants its node and a closed terminal do not end the
-    process: they append to the list that this returns.
+def save_run(out, config, log, state):
+    """Write last.pt, run.json and, if the log's last row has the best probe, best.pt: the student
+    that Fig. 9 starts from and that our Tables 2 and 4 take.
     """
-    interrupts = []
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(signum, lambda signum, frame: interrupts.append(signum))
-    return interrupts
+    content = {name: part.state_dict() for name, part in state.items()}
+    content |= {"format": "distill.py 4", "config": config, "step": log[-1]["step"], "log": log}
+    probed = [row for row in log[1:] if "linear_paper" in row]
+    if log[-1] is max(probed, key=lambda row: row["linear_paper"], default=None):
+        save(out / "best.pt", {**content, "optimizer": None})
+    save(out / "last.pt", content)
+    save(out / "run.json", config)
 
 
-# ---- Main: the experiment ------------------------------------------------------------------------
-
-def networks_of(args, settings, checkpoint):
-    """(teacher, student) as they are before the first step, also for a run that goes on: distances
-    are from there.
-    """
-    if checkpoint:
-        teacher, *_ = load_networks(args.out)
-    elif args.teacher:
-        _, teacher, other = load_networks(args.teacher)
-        check_same(args.teacher, other, settings)
-        say(f"the teacher is the student of {args.teacher}{progress(other)}")
-    else:
-        teacher = random_network(2 * args.seed, **settings)
-    student = init_student(teacher, random_network(2 * args.seed + 1, **settings), args.init_eps)
-    return teacher, student
+def show(row):
+    """Print a row of the log: the KL in nats, the distance from the start, the probes in %."""
+    say(", ".join(f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}"
+                  for name, value in row.items()))
 
 
 def main(argv=None):
-    from probe import evaluate  # here, because probe.py imports this file
     args = parse_args(argv)
+    with run_directory(args.out, args.resume) as checkpoint:
+        run(args, checkpoint)
+
+
+def run(args, checkpoint):
+    """Prepare, distil, and between the steps log, probe and save."""
+    from probe import evaluate  # here, because probe.py imports this file
     device = pick_device(args.device)
-    checkpoint = checkpoint_to_resume(args)
     args.amp = pick_amp(args.amp, device, args.arch, args.norm)
-    config = to_config(args)
 
     # Data. The student sees `images` alone; labels are for the probes, and for --n-samples, which
     # keeps the classes' shares
-    load = partial(load_data, image_size=args.image_size, data_dir=args.data_dir,
-                   mirror=args.mirror, device=device)
-    data = load(args.dataset, n=args.n_samples)
-    probe_data = load(args.probe_dataset) if args.probe_dataset else data
+    data = probe_data = load_data(args.dataset, args.image_size, device, args.n_samples)
+    if args.probe_dataset:
+        probe_data = load_data(args.probe_dataset, args.image_size, device)
     images, _ = stratified_subset(data.train_x, data.train_y, args.n_samples)
-    stats, per_epoch = channel_stats(images), math.ceil(len(images) / args.batch_size)
-    steps = min(args.epochs * per_epoch, args.steps or math.inf)
+    per_epoch = math.ceil(len(images) / args.batch_size)
+    steps = args.steps or args.epochs * per_epoch
     log_every = args.log_every or min(per_epoch, 100)
     eval_every = args.eval_every or max(steps // 25, 100)
-    # `about` is what run.json tells beside the options: the teacher's probes, and under "made" by
-    # which hardware and which commit each part of the run was made
-    start, log, about = 0, [], {"made": []}
+    config = to_config(args) | {
+        "n_images": len(images), "total_steps": steps, "provenance": provenance(device),
+        "data_checksum": checksum([data, probe_data])}
+
+    # Networks. 2s and 2s + 1: no two runs share a network that should be independent
+    settings = {name: config[name] for name in NETWORK_SETTINGS}
+    teacher = random_network(2 * args.seed, **settings)
     if checkpoint:
-        start, log, about = checkpoint["step"], checkpoint["log"], checkpoint["about"]
-        check_same(args.out, about, {"n_images": len(images)})
-        write_csv(args.out / "log.csv", LOG_COLUMNS, log)  # a kill may have come before it
-    if start >= steps:
-        return say(f"{args.out}: all {steps:,} steps are done")
+        check_same(args.out, checkpoint["config"], config)
+        teacher, *_ = load_checkpoint(args.out)
+    elif args.teacher:
+        _, teacher, first_round = load_checkpoint(args.teacher)
+        check_same(args.teacher, first_round, settings)
+    student = init_student(teacher, random_network(2 * args.seed + 1, **settings), args.init_eps)
+    teacher, student = teacher.to(device), student.to(device)
+    parameters_0 = [p.detach().clone() for p in student.parameters()]
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0, fused=True)
+    state = {"teacher": teacher, "student": student, "optimizer": optimizer}
 
-    # In eval mode a random teacher's batch norms use their initial statistics, mean 0 and variance
-    # 1, while the student's use each batch's own: so with batch norm the two differ even at ε = 0
-    teacher, student = networks_of(args, {key: config[key] for key in SETTINGS}, checkpoint)
-    teacher.requires_grad_(False).eval().to(device)
-    student.train().to(device)
-    parameters = list(student.parameters())
-    parameters_0 = [p.detach().clone() for p in parameters]
-    if args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0, fused=True)
-    else:
-        optimizer = torch.optim.SGD(parameters, lr=args.lr, momentum=0.9, fused=True)
-    # With fp16 the loss is scaled up, or the gradients of so small a KL would round to 0: from 2^24
-    # on, not the usual 2^16, at which ResNet18 lost most of them (results/README.md)
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**24, growth_interval=100,
-                                  enabled=args.amp == "fp16")
-    state = {"teacher": teacher, "student": student, "optimizer": optimizer, "scaler": scaler}
-
-    # The teacher runs once. It is frozen, the images are not augmented, and in eval mode its output
-    # for an image does not depend on the rest of the batch: so n vectors of 256 numbers hold all
-    # that it will ever say (its n·m logits would take 13 GB), and a step costs no teacher encoder.
-    # They are made in float32 also where the student's encoder runs in 16 bits: for ResNet20 that
-    # was measured to do no harm (results/README.md)
-    say(f"running the teacher once over {len(images):,} images, then probing it")
-    with torch.no_grad():
-        vectors = torch.cat([teacher.projector(embed(teacher.encoder, normalise(x, stats)))
-                             for x in images.split(args.batch_size)])
-        # from some 1,000 images, evenly taken
-        constant_kl = constant_student_kl(
-            teacher.last_layer(vectors[::math.ceil(len(vectors) / 1000)]))
-
-    def batch_loss(index, step):
-        """Indices (B,) of images -> the KL of the student from the teacher, or another --loss, a
-        scalar. (All but mse are logged, and advised on, as a KL.)
-        """
-        x = normalise(images[index], stats)
-        with torch.no_grad():
-            teacher_logits = teacher.last_layer(vectors[index])
-        student_logits = student(x, args.amp)
-        return LOSSES[args.loss](teacher_logits, student_logits)
-
-    def learning_rate(step):
-        """Constant, after a linear --warmup."""
-        return args.lr * min(1, (step + 1) / max(args.warmup, 1))
-
-    print_header(args, len(images), steps, device, constant_kl)
-    about |= {"n_images": len(images), "total_steps": steps, "constant_student_kl": constant_kl}
-    about["made"].append({**provenance(device), "from_step": start})
-
-    def save(name, *parts):
-        """Write a checkpoint with these parts of `state`."""
-        save_checkpoint(args.out / name, "distill.py", config=config, about=about,
-                        step=log[-1]["step"], log=log,
-                        **{part: state[part].state_dict() for part in parts})
-
-    def add_to_log(row, saving):
-        """Log a row: in the checkpoint, in log.csv, and at last on the screen."""
-        check_undisturbed(args.out / "log.csv", LOG_COLUMNS, log)
-        log.append(row)
-        if saving:
-            # the paper's Fig. 9 takes the student of the best probe; we do in Tables 2 and 4, too
-            probed = [row for row in log[1:] if "linear_paper" in row]
-            if row is max(probed, key=lambda row: row["linear_paper"], default=None):
-                save("best.pt", "teacher", "student")
-            save("last.pt", *state)
-            write_json(args.out / "run.json", {**config, **about})
-        write_csv(args.out / "log.csv", LOG_COLUMNS, log)
-        seconds = (steps - row["step"]) * args.batch_size / (row["images_per_s"] or 1)
-        show(row, eta=timedelta(seconds=round(seconds)) if row["step"] else "")
+    say(f"{args.arch} on {args.dataset}: {len(images):,} images, {steps:,} steps of "
+        f"{args.batch_size}, m={args.out_dim:,}, ε={args.init_eps:g}, seed {args.seed}, "
+        f"{device.type}, amp {args.amp} -> {args.out}")
+    training = distill(
+        teacher, student, images, optimizer, divergence=LOSSES[args.loss], amp=args.amp,
+        batch_size=args.batch_size, seed=args.seed, steps=steps,
+        first_step=checkpoint.get("step", 0))
+    some = teacher_vectors(teacher, images[::math.ceil(len(images) / 1000)], channel_stats(images))
+    config["constant_student_kl"] = constant_student_kl(teacher.last_layer(some))
+    say(f"a student with the same answer for every image would have a KL of "
+        f"{config['constant_student_kl']:.2e} nats")
 
     if checkpoint:
-        try:
-            for name, part in state.items():
-                part.load_state_dict(checkpoint[name])
-        except Exception as error:
-            raise Problem(f"{args.out}/last.pt does not fit this distill.py "
-                          f"({type(error).__name__}): name another --out") from None
-        show(log[-1])
+        config, log = checkpoint["config"] | config, checkpoint["log"]
+        student.load_state_dict(checkpoint["student"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
     else:
-        probes = about["teacher_probes"] = evaluate(teacher.encoder, probe_data)
-        say(f"{'teacher':>7}{'':49}{scores(probes)}")
-        if args.init_eps > 0 or args.teacher:  # else the student is still its teacher
-            probes = evaluate(student.encoder, probe_data)
-        add_to_log({"step": 0, "epoch": 0.0, "kl": math.nan, "distance": 0.0, "images_per_s": 0,
-                    **probes}, saving=True)
+        config["teacher_probes"] = evaluate(teacher.encoder, probe_data)
+        log = [{"step": 0, "epoch": 0.0, "loss": math.nan, "distance": 0.0, "images_per_s": 0}]
+        show({"teacher": args.teacher or "random", **config["teacher_probes"]})
+        log[0] |= evaluate(student.encoder, probe_data)
+        save_run(args.out, config, log, state)
+    save(args.out / "log.csv", log)
+    show(log[-1])
 
     # Train, and between the steps log, probe and save
-    interrupts, losses, clock = catch_signals(), [], time.time()
-    for step, loss in train(batch_loss, len(images), optimizer, scaler, learning_rate, steps=steps,
-                            batch_size=args.batch_size, seed=args.seed, start=start):
-        losses.append(loss)  # on the device: to ask for its value would keep a GPU waiting
-        probing = step == steps or step % eval_every == 0
-        stopping = bool(interrupts)  # asked once a step: a signal may come at any moment
-        if probing or step % log_every == 0 or stopping:
+    losses, n_seen, clock = [], 0, time.time()
+    with caught_signals() as signals:
+        for step, loss, n in training:
+            losses.append(loss * n)  # on the device: to ask for its value would keep a GPU waiting
+            n_seen += n
+            probing = step == steps or step % eval_every == 0
+            stopping = bool(signals)  # asked once a step: a signal may come at any moment
+            if not (probing or stopping or step % log_every == 0):
+                continue
+            moved = [(p.detach() - q).norm() for p, q in zip(student.parameters(), parameters_0)]
             row = {"step": step, "epoch": step / per_epoch,
-                   "kl": torch.stack(losses).double().mean().item(),
-                   "distance": distance(parameters, parameters_0),
-                   "images_per_s": len(losses) * args.batch_size / (time.time() - clock)}
-            if not math.isfinite(row["kl"] + row["distance"]):
+                   "loss": torch.stack(losses).double().sum().item() / n_seen,
+                   "distance": torch.stack(moved).norm().item(),
+                   "images_per_s": n_seen / (time.time() - clock)}
+            if not math.isfinite(row["loss"] + row["distance"]):
                 raise Problem(f"the loss is no longer finite by step {step}: lower --lr or take "
                               f"--amp off; what {args.out} held is kept")
             if probing:
                 # the linear probe draws anew each time, as the paper's does
                 row |= evaluate(student.encoder, probe_data, seeds=[step])
-            add_to_log(row, saving=probing or stopping)
-            give_advice(args, log, constant_kl)
-            losses, clock = [], time.time()
-        if stopping and step < steps:
-            say(f"stopped after step {step:,}; the same command with --resume goes on from here")
-            sys.exit(128 + interrupts[0])
-
-
-def run_cli(main):
-    """Run a script's main: a Problem, or an OSError such as a full disk, ends in one line on stderr
-    and exit status 1.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without ε shows a question mark
-    try:
-        return main()
-    except Problem as error:
-        message = error
-    except OSError as error:
-        message = f"{error} (is there space on the disk, and permission?)"
-    except ModuleNotFoundError as error:  # matplotlib, which is imported only where it draws
-        message = f"the package {error.name} is missing: pip install -r requirements.txt"
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "alloc" not in str(error).lower():
-            raise
-        message = "out of memory: lower --batch-size, --out-dim or --image-size"
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
+            log.append(row)
+            if probing or stopping:
+                save_run(args.out, config, log, state)
+            save(args.out / "log.csv", log)
+            show(row)
+            if stopping and step < steps:
+                say(f"stopped after step {step:,}: the same command with --resume goes on")
+                sys.exit(128 + signals[0])
+            losses, n_seen, clock = [], 0, time.time()
+    say(f"{args.out}: all {steps:,} steps are done; for more, raise --steps or --epochs")
 
 
 if __name__ == "__main__":
-    # the scripts import this file under its name: run that one copy of it, not a second called
-    # __main__
-    import distill
-    distill.run_cli(distill.main)
+    main()

@@ -5,7 +5,7 @@
     python landscape.py plane $a $b                  the teacher and both students (Fig. 5)
     python landscape.py plane $b                     the teacher, a student's start and its end
     python landscape.py connect runs/cifar10-resnet18-eps0-seed0/best.pt    one basin? (Fig. 9)
-    python landscape.py plot $a/*.npz $b/*.npz --figure planes.png          draws the two planes
+    python landscape.py plot $b/plane-non-local.npz                         draws the second plane
 
 `plane` lays a plane through three points of weight space, say the teacher θ_T and two students
 θ*_S, and measures at every point of a grid on it how far the network there is from the teacher (KL)
@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import sys
-import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -26,29 +25,25 @@ import torch
 from torch.optim.swa_utils import update_bn
 
 from distill import (
-    ARCHS, MAY_CHANGE, POSITIVE, SETTINGS, Problem, add_common_options,
-    add_fine_tuning_options, autocast, channel_stats, check_same, checkpoint_to_resume,
-    classification_accuracy, classifier, embed, fill_defaults, fine_tune, fingerprint, init_student,
-    kl_by_log_softmax, load_checkpoint, load_data, load_networks, make_parser, new_figure,
-    normalise, number, pick_amp, pick_device, picture, progress, provenance, random_network,
-    run_cli, run_folder, save_checkpoint, save_figure, say, stratified_subset, to_config,
-    write_atomically)
+    EMBEDDING_WIDTH, MAY_CHANGE, NETWORK_SETTINGS, POSITIVE, Problem, add_common_options, autocast,
+    between, channel_stats, check_same, checksum, embed, init_student, kl_by_log_softmax,
+    load_checkpoint, load_data, new_parser, normalise, pick_amp, pick_device, progress, provenance,
+    random_network, run_directory, run_folder, save, say, stratified_subset, to_config)
 from probe import linear_probe, linear_probe_converged, mean_std
-
-RANGE = {"nargs": 2, "metavar": ("LOW", "HIGH")}  # of an option that wants two numbers
-FREE = (MAY_CHANGE - {"epochs"}) | {"a", "b", "run", "made"}  # what may change on --resume
+from prune import (
+    add_fine_tuning_options, classification_accuracy, fill_in, fine_tune, new_classifier)
 
 
 # ---- Geometry: planes and lines in weight space --------------------------------------------------
 
-def flat(parameters):
+def flatten(parameters):
     """A list of tensors, with N numbers in all, as one float64 vector (N,)."""
     return torch.cat([p.detach().reshape(-1) for p in parameters]).double()
 
 
 @torch.no_grad()
-def place(parameters, theta):
-    """Set `parameters`, a list of tensors, to the vector `theta` (N,): the inverse of `flat`."""
+def set_parameters(parameters, theta):
+    """Set `parameters`, a list of tensors, to the vector `theta` (N,): the inverse of `flatten`."""
     for p, values in zip(parameters, theta.split([p.numel() for p in parameters])):
         p.copy_(values.view_as(p))
 
@@ -74,18 +69,14 @@ def plane_basis(theta, axes):
     return theta[0] - theta[0] @ e1 * e1 - theta[0] @ e2 * e2, torch.stack([e1, e2])
 
 
-def coordinates(theta, origin, basis):
-    """Coordinates (3, 2) of the points `theta` (3, N) on the plane with that origin and basis."""
-    return torch.linalg.solve(basis @ basis.T, basis @ (theta - origin).T).T.cpu().numpy()
-
-
-def error_along_line(a, b, ts, error):
-    """error(state) at the points (1−t)·a + t·b for t in `ts`, as an array; a and b are state dicts.
+def error_along_line(a, b, ts, test_error):
+    """test_error(state) at the points (1−t)·a + t·b for t in `ts`, as an array; a and b are state
+    dicts.
 
     In float64, so that the ends are exact, and a line between equal networks is one point.
     """
-    return np.array([error({name: torch.lerp(p.double(), b[name].double(), t).to(p.dtype)
-                            for name, p in a.items()}) for t in ts])
+    return np.array([test_error({name: torch.lerp(p.double(), b[name].double(), t).to(p.dtype)
+                                 for name, p in a.items()}) for t in ts])
 
 
 def barrier(errors):
@@ -115,25 +106,20 @@ def labelled_subset(x, y, n):
 
 
 def load_shuffled(args, distilled, n, device):
-    """n training images of args.dataset, their labels, args.n_test test images, their labels, and
-    the number of classes.
+    """n training images of args.dataset, their labels, args.n_test test images, their labels, the
+    number of classes, and what a config says of all that.
     """
-    data = load_data(args.dataset, distilled["image_size"], args.data_dir, args.mirror, n, device)
-    return (*labelled_subset(data.train_x, data.train_y, n),
-            *labelled_subset(data.test_x, data.test_y, min(args.n_test, len(data.test_y))),
-            len(data.classes))
-
-
-def full_config(args, images, test_images, networks, distilled, device):
-    """The options, and what they do not say: how much data, which networks, on which machine."""
-    return to_config(args) | {
-        "n_images": len(images), "n_test_images": len(test_images),
-        "starting_weights": [fingerprint(network) for network in networks],
-        "distilled": distilled, "made": provenance(device)}
+    data = load_data(args.dataset, distilled["image_size"], device=device)
+    images, labels = labelled_subset(data.train_x, data.train_y, n)
+    test_x, test_y = labelled_subset(data.test_x, data.test_y, min(args.n_test, len(data.test_y)))
+    data_config = {"n_images": len(images), "n_test_images": len(test_x), "distilled": distilled,
+             "data_checksum": checksum(data), "provenance": provenance(device)}
+    return images, labels, test_x, test_y, len(data.classes), data_config
 
 
 def save_npz(path, config, arrays):
-    write_atomically(path, lambda file: np.savez(file, config=json.dumps(config), **arrays))
+    config = json.dumps(config, allow_nan=False)
+    save(path, lambda temporary: np.savez(temporary, config=config, **arrays))
 
 
 def read_npz(path):
@@ -153,59 +139,96 @@ QUANTITIES = {"kl": "KL to the teacher (nats)", "linear_paper": "linear probe, p
               "linear_converged": "linear probe, converged (%)"}
 
 
-def locality(eps):
-    """The paper's α = ε/(1+ε), in two decimals; 1e-10 is its "α ≈ 0"."""
-    return f"{round(1 - 1 / (1 + eps), 2):g}"
+def locality(config):
+    """A run's α = ε/(1+ε) of the paper, in two decimals; 1e-10 is its "α ≈ 0"."""
+    return f"{round(1 - 1 / (1 + float(config['init_eps'])), 2):g}"
 
 
 def anchors_of(args):
-    """(names and Networks of the three anchors, first the teacher, config of run A). Raises Problem
-    if the runs do not fit.
+    """(names and Networks of the three anchors, first the teacher, config of run A, which holds
+    that of run B). Raises Problem if the runs do not fit.
     """
-    teacher, student, config = load_networks(args.a)
-    alpha, settings = locality(config["init_eps"]), {key: config[key] for key in SETTINGS}
+    teacher, student, config = load_checkpoint(args.a)
+    settings = {name: config[name] for name in NETWORK_SETTINGS}
     if args.b:
-        teacher_b, student_b, config_b = load_networks(args.b)
+        teacher_b, student_b, config_b = load_checkpoint(args.b)
         check_same(args.b, config_b, settings)
-        if fingerprint(teacher) != fingerprint(teacher_b):
+        if not all(map(torch.equal, teacher.parameters(), teacher_b.parameters())):
             raise Problem(f"{args.a} and {args.b} have different teachers: a shared view wants "
                           "runs with the same --seed")
-        names = "θ_T", f"θ*_S({alpha})", f"θ*_S({locality(config_b['init_eps'])})"
-        return names, (teacher, student, student_b), config
+        names = "θ_T", f"θ*_S({locality(config)})", f"θ*_S({locality(config_b)})"
+        return names, (teacher, student, student_b), {**config, "distilled_b": config_b}
     start = init_student(teacher, random_network(2 * config["seed"] + 1, **settings),
-                         config["init_eps"])
-    return ("θ_T", f"θ_S({alpha})", f"θ*_S({alpha})"), (teacher, start, student), config
+                         float(config["init_eps"]))
+    names = "θ_T", f"θ_S({locality(config)})", f"θ*_S({locality(config)})"
+    return names, (teacher, start, student), config
 
 
 def plane_args(argv):
-    parser, add = make_parser(plane.__doc__, "landscape.py plane")
-    parser.add_argument("a", metavar="A", type=Path, help="run directory of distill.py")
-    parser.add_argument("b", metavar="B", type=Path, nargs="?",
-                        help="another one with the same teacher: the shared view; without it, the "
-                             "non-local one")
-    add("--axes", "orthonormal keeps lengths and angles; barycentric counts in steps from the "
-        "teacher to the others", "orthonormal", choices=("orthonormal", "barycentric"))
-    add("--grid", "so many points a side", 25, type=number(int, 3))
+    parser = new_parser(plane.__doc__, "landscape.py plane")
+    add = parser.add_argument
+    add("a", metavar="A", type=Path, help="run directory of distill.py")
+    add("b", metavar="B", type=Path, nargs="?", help="another one with the same teacher: the "
+        "shared view; without it, the non-local one")
+    add("--axes", default="orthonormal", choices=("orthonormal", "barycentric"), help="orthonormal "
+        "keeps lengths and angles; barycentric counts in steps from the teacher to the others")
+    add("--grid", default=25, type=between(3, 2**31), help="so many points a side")
     for axis in ("--x", "--y"):
-        add(axis, "its lowest and highest value, for a crop or a longer reach (default: well "
-            "beyond the three points)", type=number(float, -1e9, 1e9), **RANGE)
-    add("--encoder-only", "the plane of the encoders' weights; KL between softmaxed embeddings "
-        "(Fig. 13-16)", False, action="store_true")
-    add("--n-samples", "at most so many training images, for the KL and to train the probes on",
-        5000, type=POSITIVE)
-    add("--n-test", "at most so many test images, to score the probes on", 2000, type=POSITIVE)
-    add("--dataset", "labelled images (default: those that run A was distilled on)")
-    add("--out", "the .npz file (default: <A>/plane-<view>.npz, with B's name and -encoder where "
-        "they apply)", type=Path)
+        add(axis, type=between(-1e9, 1e9, float), nargs=2, metavar=("LOW", "HIGH"), help="its "
+            "lowest and highest value, for a crop or a longer reach; None: well beyond the anchors")
+    add("--encoder-only", action="store_true", help="the plane of the encoders' weights; KL "
+        "between softmaxed embeddings (Fig. 13-16)")
+    add("--n-samples", default=5000, type=POSITIVE, help="at most so many training images, for the "
+        "KL and to train the probes on")
+    add("--n-test", default=2000, type=POSITIVE, help="at most so many test images, to score the "
+        "probes on")
+    add("--dataset", help="labelled images; None: those that run A was distilled on")
+    add("--out", type=Path, help="the .npz file; None: <A>/plane-<view>.npz, with B's name and "
+        "-encoder where they apply")
     add_common_options(add)
     args = parser.parse_args(argv)
     args.view = "shared" if args.b else "non-local"
     other = f"-{run_folder(args.b).name}" if args.b else ""
-    encoder = "-encoder" * args.encoder_only
-    args.out = args.out or run_folder(args.a) / f"plane-{args.view}{other}{encoder}.npz"
+    name = f"plane-{args.view}{other}" + "-encoder" * args.encoder_only
+    args.out = args.out or run_folder(args.a) / f"{name}.npz"
     if args.out.suffix != ".npz":  # its picture will end in .png
         parser.error("--out wants a name that ends in .npz")
     return args
+
+
+def lay_grid(theta, args):
+    """The plane through the anchors `theta` (3, N), and a grid on it that reaches well beyond them
+    or from args.x to args.y: ({"x", "y", "points" (3 + grid², 2), first the anchors}, weights(i),
+    which gives the vector (N,) at point i).
+    """
+    origin, basis = plane_basis(theta, args.axes)
+    corners = torch.linalg.solve(basis @ basis.T, basis @ (theta - origin).T).T.cpu().numpy()
+    low, high = corners.min(0), corners.max(0)
+    middle, reach = (low + high) / 2, 0.85 * (high - low).max()
+    x, y = (np.linspace(*(limits or (centre - reach, centre + reach)), args.grid)
+            for limits, centre in zip((args.x, args.y), middle))
+    points = np.concatenate([corners, np.stack(np.meshgrid(x, y), axis=2).reshape(-1, 2)])
+
+    def weights(i):  # the anchors to the last bit
+        return theta[i] if i < 3 else origin + torch.from_numpy(points[i]).to(theta) @ basis
+
+    return {"x": x, "y": y, "points": points}, weights
+
+
+@torch.no_grad()
+def kl_to_teacher(teacher, teacher_embeddings, network, embeddings, encoder_only):
+    """Mean KL in nats of a network from the teacher, from lists of their embeddings (B, r): of
+    their outputs, or with `encoder_only` of the softmaxed embeddings. In float64, in which the
+    usual form of the KL is exact enough.
+    """
+    total = 0
+    for outputs in zip(teacher_embeddings, embeddings):
+        if not encoder_only:
+            outputs = (net.last_layer(net.projector(part))
+                       for net, part in zip((teacher, network), outputs))
+        teacher_logits, logits = (part.double() for part in outputs)
+        total += kl_by_log_softmax(teacher_logits, logits).item() * len(logits)
+    return total / sum(map(len, embeddings))
 
 
 def plane(argv):
@@ -227,8 +250,9 @@ def plane(argv):
     args.amp = pick_amp(args.amp, device, distilled["arch"], distilled["norm"])
 
     # Data: some of the images the student saw, normalised as they were for it
-    seen = distilled["n_samples"] if args.dataset == distilled["dataset"] else None
-    images, labels, test_x, test_y, n_classes = load_shuffled(args, distilled, seen, device)
+    n_seen = distilled["n_samples"] if args.dataset == distilled["dataset"] else None
+    images, labels, test_x, test_y, n_classes, data_config = load_shuffled(args, distilled, n_seen,
+                                                                     device)
     stats = channel_stats(images)
     images, labels = labelled_subset(images, labels, min(args.n_samples, len(labels)))
     batches, test_batches = (  # even ones: none of a single image
@@ -236,74 +260,45 @@ def plane(argv):
          for x in part.tensor_split(math.ceil(len(part) / distilled["batch_size"]))]
         for part in (images, test_x))
 
-    # The plane: the anchors, and then a grid that reaches well beyond them
-    teacher = networks[0].to(device).eval()
-    network = deepcopy(teacher).requires_grad_(False).train()  # its weights go from point to point
+    # The plane, and a network whose weights go from point to point
+    teacher = networks[0].to(device)
+    network = deepcopy(teacher).train()
     *anchors, parameters = (
         list((net.encoder if args.encoder_only else net).to(device).parameters())
         for net in (*networks, network))
-    theta = torch.stack([flat(anchor) for anchor in anchors])
-    origin, basis = plane_basis(theta, args.axes)
-    corners = coordinates(theta, origin, basis)
-    low, high = corners.min(0), corners.max(0)
-    middle, reach = (low + high) / 2, 0.85 * (high - low).max()
-    x, y = (np.linspace(*(limits or (centre - reach, centre + reach)), args.grid)
-            for limits, centre in zip((args.x, args.y), middle))
-    grid = np.stack(np.meshgrid(x, y), axis=2).reshape(-1, 2)
-    arrays = {"x": x, "y": y, "points": np.concatenate([corners, grid]),
-              "anchors": np.array(names),
-              **dict.fromkeys(("norm", *QUANTITIES), np.empty(0))}
-    config = full_config(args, images, test_x, networks, distilled, device)
+    arrays, weights = lay_grid(torch.stack([flatten(anchor) for anchor in anchors]), args)
+    arrays |= {"anchors": np.array(names), **dict.fromkeys(("length", *QUANTITIES), np.empty(0))}
+    config = {**to_config(args), **data_config, "n_images": len(images)}
     if args.out.exists():
         if not args.resume:
             raise Problem(f"{args.out} exists: add --resume to go on with it, or name another file "
                           "with --out")
         begun_with, arrays = read_npz(args.out)
-        check_same(args.out, begun_with, config, FREE)
-        config["made"] = [*np.ravel(begun_with["made"]), config["made"]]
-    else:
-        save_npz(args.out, config, arrays)  # if it cannot be written, say so now
+        check_same(args.out, begun_with, config, MAY_CHANGE | {"a", "b"})
     say(f"{distilled['arch']}{progress(distilled)} on {args.dataset}: {args.grid} x {args.grid} "
         f"points, KL and probes on {len(images):,} images, scored on {len(test_x):,}, "
         f"m={distilled['out_dim']:,}, {device.type}, amp {args.amp} -> {args.out}")
 
-    with torch.no_grad():  # the same at every point
-        teacher_embeddings = [embed(teacher.encoder, batch) for batch in batches]
-
-    def logits(net, embeddings):
-        """What KL compares, in float64, in which its usual form is exact enough (KLDivergence)."""
-        if not args.encoder_only:
-            embeddings = net.last_layer(net.projector(embeddings))
-        return embeddings.double()
-
-    def measure(i):
-        """{quantity: its value} at point i.
-
-        One point at a time: vmap over four points took 2.5 times as long (CPU; ResNet20 and VGG11,
-        batches of 128).
-        """
-        point = torch.from_numpy(arrays["points"][i]).to(device)
-        here = theta[i] if i < 3 else origin + point @ basis  # the anchors to the last bit
-        place(parameters, here)
-        with torch.no_grad():
-            features, test_features = ([embed(network.encoder, batch, args.amp) for batch in part]
-                                       for part in (batches, test_batches))
-            kl = sum(kl_by_log_softmax(logits(teacher, t), logits(network, s)).item() * len(t)
-                     for t, s in zip(teacher_embeddings, features)) / len(images)
+    # One point at a time: vmap over four took 2.5 times as long (CPU, batches of 128)
+    teacher_embeddings = [embed(teacher.encoder, batch) for batch in batches]
+    total = len(arrays["points"])
+    for i in range(len(arrays["kl"]), total):
+        here = weights(i)
+        set_parameters(parameters, here)
+        features, test_features = ([embed(network.encoder, batch, args.amp) for batch in part]
+                                   for part in (batches, test_batches))
+        kl = kl_to_teacher(teacher, teacher_embeddings, network, features, args.encoder_only)
         if not math.isfinite(kl):
             raise Problem(f"the network is not finite at {arrays['points'][i].round(3)}: keep --x "
                           "and --y closer to the anchors")
         parts = torch.cat(features), labels, torch.cat(test_features), test_y, n_classes
-        return {"norm": here.norm().item(), "kl": kl, "linear_paper": linear_probe(*parts).item(),
-                "linear_converged": linear_probe_converged(*parts)}
-
-    clock, total = time.time(), len(arrays["points"])
-    for i in range(len(arrays["kl"]), total):
-        for name, value in measure(i).items():
-            arrays[name] = np.append(arrays[name], value)
+        measured = {"length": here.norm().item(), "kl": kl,
+                    "linear_paper": linear_probe(*parts).item(),
+                    "linear_converged": linear_probe_converged(*parts)}
+        arrays |= {name: np.append(arrays[name], value) for name, value in measured.items()}
         if i % args.grid == 2:  # at the three anchors, and then at each row of the grid
             save_npz(args.out, config, arrays)
-            say(f"{i + 1:7d} of {total} points, {time.time() - clock:.0f} s")
+            say(f"{i + 1:7d} of {total} points")
     for i, name in enumerate(arrays["anchors"]):
         say(f"{name:10}" + ", ".join(f"{label} {arrays[quantity][i]:.5g}"
                                      for quantity, label in QUANTITIES.items()))
@@ -313,19 +308,19 @@ def plane(argv):
 
 # ---- connect -------------------------------------------------------------------------------------
 
-INITS = "distilled student", "random init"
+STARTS = "distilled student", "random teacher"
 
 
 def connect_args(argv):
-    parser, add = make_parser(connect.__doc__, "landscape.py connect")
-    parser.add_argument("run", type=Path,
-                        help="run directory of distill.py, for its last student, or its best.pt")
-    add("--copies", "fine-tuned copies of each start", 5, type=number(int, 2))
-    add("--points", "points on each line, its two ends among them", 50, type=number(int, 3))
+    parser = new_parser(connect.__doc__, "landscape.py connect")
+    add = parser.add_argument
+    add("run", type=Path, help="run directory of distill.py, for its last student, or its best.pt")
+    add("--copies", default=5, type=between(2, 2**31), help="fine-tuned copies of each start")
+    add("--points", default=50, type=between(3, 2**31), help="points on each line, its two ends "
+        "among them")
+    add("--n-test", default=10_000, type=POSITIVE, help="at most so many test images")
+    add("--out", type=Path, help="directory of the copies and connect.npz; None: <run>/connect")
     add_fine_tuning_options(add)
-    add("--n-test", "at most so many test images, for the lines", 10_000, type=POSITIVE)
-    add("--out", "directory of the copies and connect.npz (default: <run>/connect)", type=Path)
-    add_common_options(add)
     args = parser.parse_args(argv)
     args.out = args.out or run_folder(args.run) / "connect"
     return args
@@ -342,87 +337,89 @@ def connect(argv):
     statistics would fit neither, and show a barrier of its own.
     """
     args = connect_args(argv)
+    with run_directory(args.out, args.resume, "landscape.py") as checkpoint:
+        fine_tune_and_connect(args, checkpoint)
+
+
+def fine_tune_and_connect(args, checkpoint):
     device = pick_device(args.device)
-    teacher, student, distilled = load_checkpoint(args.run, device)
-    fill_defaults(args, distilled)
-    checkpoint = checkpoint_to_resume(args, "landscape.py", FREE)
-    args.amp = pick_amp(args.amp, device, distilled["arch"], distilled["norm"])
-    images, labels, test_x, test_y, n_classes = load_shuffled(args, distilled, args.n_samples,
-                                                              device)
-    stats = channel_stats(images)
-    starts = dict(zip(INITS, (student, teacher)))
-    config = full_config(args, images, test_x, starts.values(), distilled, device)
+    teacher, student, distilled = load_checkpoint(args.run)
+    fill_in(args, device, distilled)
+    images, labels, test_x, test_y, n_classes, data_config = load_shuffled(args, distilled,
+                                                                     args.n_samples, device)
+    stats, config = channel_stats(images), to_config(args) | data_config
     copies = []  # state dicts, the student's first
     if checkpoint:
-        begun_with, copies = checkpoint["config"], checkpoint["copies"]
-        check_same(args.out, begun_with, config, FREE | {"distilled"})
-        config["made"] = [*np.ravel(begun_with["made"]), config["made"]]
+        check_same(args.out, checkpoint["config"], config, MAY_CHANGE - {"epochs"})
+        copies = checkpoint["copies"]
     npz = args.out / "connect.npz"
     if npz.exists():
         return say(f"{npz} is complete; to see it: python landscape.py plot {npz}")
     say(f"{distilled['arch']} of {args.run}{progress(distilled)} on {args.dataset}: "
-        f"{args.copies} copies each of student and random init, {len(images):,} images, "
+        f"{args.copies} copies each of student and teacher, {len(images):,} images, "
         f"{args.epochs} epochs in batches of {args.batch_size}; lines over {len(test_x):,} test "
         f"images, {device.type}, amp {args.amp} -> {args.out}")
 
-    def new_classifier(encoder):
-        return classifier(deepcopy(encoder), ARCHS[distilled["arch"]][1], n_classes, args, device)
+    def classifier_from(network):
+        return new_classifier(deepcopy(network.encoder).to(device),
+                              EMBEDDING_WIDTH[distilled["arch"]], n_classes, args.seed, args.lr)
 
-    for init, copy in list(itertools.product(INITS, range(args.copies)))[len(copies):]:
-        network, *trained_by = new_classifier(starts[init])
-        for _, loss in fine_tune(network, *trained_by, images, labels, args, args.seed + copy):
+    starts = [(title, network, i) for title, network in zip(STARTS, (student, teacher))
+              for i in range(args.copies)]
+    for title, network, i in starts[len(copies):]:
+        network, optimizer = classifier_from(network)
+        for _, loss, _ in fine_tune(network, optimizer, images, labels, args, args.seed + i):
             pass
         if not loss.isfinite():
             raise Problem("the loss of a copy is not finite: lower --lr or take --amp off; what "
                           f"{args.out} held is kept")
         copies.append({name: t.cpu() for name, t in network.state_dict().items()})
-        save_checkpoint(args.out / "last.pt", "landscape.py", config=config, copies=copies)
-        say(f"{init}, copy {copy}: test error "
+        save(args.out / "last.pt", {"format": "landscape.py 4", "config": config,
+                                    "copies": copies})
+        say(f"{title}, copy {i}: test error "
             f"{100 - classification_accuracy(network, test_x, test_y, stats, args.amp):.2f} %")
 
-    between, *_ = new_classifier(student)  # its weights go along the lines
+    between_copies, _ = classifier_from(student)  # its weights go along the lines
     # For batch norm's statistics at a point: 2,000 images give 32,000 values a channel even in the
     # 4×4 maps of ResNet18's end. Batches of one size, so that all images count alike
     bn_batches = [normalise(x, stats) for x in images[:2000].tensor_split(4)]
 
-    def error(state):
+    def test_error(state):
         """Test error in % with batch norm's statistics of this very state."""
-        between.load_state_dict(state)
+        between_copies.load_state_dict(state)
         with autocast(device, args.amp):
-            update_bn(bn_batches, between.encoder)
-        return 100 - classification_accuracy(between, test_x, test_y, stats, args.amp)
+            update_bn(bn_batches, between_copies.encoder)
+        return 100 - classification_accuracy(between_copies, test_x, test_y, stats, args.amp)
 
     ts, pairs = np.linspace(0, 1, args.points), list(itertools.combinations(range(args.copies), 2))
-    errors = np.array([[error_along_line(copies[i + a], copies[i + b], ts, error)
+    errors = np.array([[error_along_line(copies[i + a], copies[i + b], ts, test_error)
                         for a, b in pairs] for i in (0, args.copies)])
     save_npz(npz, config, {"t": ts, "error": errors})
-    for init, lines in zip(INITS, errors):
-        say(f"{init}: {summary(lines)}")
+    for title, lines in zip(STARTS, errors):
+        say(f"{title}: {summary(lines)}")
     say(f"{npz} is complete; to see it: python landscape.py plot {npz}")
 
 
 # ---- Pictures, drawn from the files alone --------------------------------------------------------
 
 def plot(argv):
-    """Draw what plane or connect computed: planes, a row each with a column a quantity; or lines,
-    one panel a start.
-    """
-    parser, add = make_parser(plot.__doc__, "landscape.py plot")
-    parser.add_argument("files", nargs="+", type=Path,
-                        help=".npz files of plane, or of connect (their pairs are pooled)")
-    add("--figure", "the picture: .png, .pdf or .svg (default: beside the first file, .png)",
-        type=picture)
-    add("--kl-range", "ends of the colours for the KL; the paper's are 1e-7 1e-3, with raw rows "
-        "(default: from the data)", type=number(float, 1e-300), **RANGE)
-    add("--accuracy-range", "ends of the colours for accuracy in %%; the paper's are 10 50 "
-        "(default: from the data)", type=number(float, 0), **RANGE)
+    """Draw what plane or connect computed: a panel for each quantity, or each start of lines."""
+    parser = new_parser(plot.__doc__, "landscape.py plot")
+    add = parser.add_argument
+    add("file", type=Path, help=".npz file of plane or of connect")
+    add("--figure", type=Path, help="the picture: .png, .pdf or .svg; None: beside the file")
+    add("--kl-range", type=between(1e-300, math.inf, float), nargs=2, metavar=("LOW", "HIGH"),
+        help="ends of the colours for the KL; the paper's are 1e-7 1e-3, with the released last "
+        "layer; None: from the data")
+    add("--accuracy-range", type=between(0, 100, float), nargs=2, metavar=("LOW", "HIGH"),
+        help="ends of the colours for accuracy in %%; the paper's are 10 50; None: from the data")
     args = parser.parse_args(argv)
-    files = {path: read_npz(path) for path in args.files}
-    are_planes = {"kl" in arrays for _, arrays in files.values()}
-    if len(are_planes) > 1:
-        raise Problem("planes and lines do not go into one picture: plot them apart")
-    figure = draw_planes(files, args) if True in are_planes else draw_lines(files)
-    save_figure(figure, args.figure or args.files[0].with_suffix(".png"))
+    config, arrays = read_npz(args.file)
+    figure = draw_plane(config, arrays, args) if "kl" in arrays else draw_lines(arrays)
+    figure.suptitle(describe(config), fontsize=10)
+    picture = args.figure or args.file.with_suffix(".png")
+    save(picture, lambda temporary: figure.savefig(temporary, dpi=150))
+    say(f"the picture: {picture}")
 
 
 def describe(config):
@@ -430,68 +427,55 @@ def describe(config):
     distilled, done = config["distilled"], f"{config.get('epochs')} epochs of fine-tuning"
     if "view" in config:
         encoders = " of encoders" * config["encoder_only"]
-        done = f"{config['view']} view{encoders}, m = {distilled['out_dim']:,}"
-    rows = ", raw rows" * (distilled.get("bottleneck") == "lf/l")
+        done = f"{config['view']} view{encoders}, m = {distilled['out_dim']:,}; white lines: ‖θ‖"
+    released = ", released last layer" * (distilled["l2_bottleneck"] == "lf/l")
     images = f"{config['n_images']:,} images of {Path(config['dataset']).name}"
-    return f"{distilled['arch']}{rows}, {images}; {done}"
+    return f"{distilled['arch']}{released}, {images}; {done}"
 
 
-def draw_planes(files, args):
-    """A row for every file, a column for every quantity; white contours of ‖θ‖ and the three
-    anchors (Fig. 5).
-    """
-    from matplotlib.colors import LogNorm, Normalize
-    for path, (_, arrays) in files.items():
-        done, total = len(arrays["kl"]), len(arrays["points"])
-        if done < total:
-            raise Problem(f"{path} holds {done} of {total} points: finish it with --resume first")
-    figure, axes = new_figure(len(files), 3, figsize=(12.5, 4 * len(files)), squeeze=False)
-    for column, (quantity, label) in zip(axes.T, QUANTITIES.items()):
-        everything = np.concatenate([arrays[quantity] for _, arrays in files.values()])
-        limits, scale = args.accuracy_range or (everything.min(), everything.max()), Normalize
+def draw_plane(config, arrays, args):
+    """A panel for every quantity; white contours of ‖θ‖ and the three anchors (Fig. 5)."""
+    from matplotlib import colors, pyplot
+    done, total = len(arrays["kl"]), len(arrays["points"])
+    if done < total:
+        raise Problem(f"{args.file} holds {done} of {total} points: finish it with --resume first")
+    figure, axes = pyplot.subplots(1, 3, figsize=(12.5, 4), layout="constrained")
+    x, y = arrays["x"], arrays["y"]
+    for axis, (quantity, label) in zip(axes, QUANTITIES.items()):
+        values, length = (arrays[name][3:].reshape(len(y), len(x)) for name in (quantity, "length"))
+        scale = colors.Normalize(*sorted(args.accuracy_range or (values.min(), values.max())),
+                                 clip=True)
         if quantity == "kl":
-            extremes = np.quantile(everything[everything > 0], (0.005, 0.995))
-            limits, scale = args.kl_range or extremes, LogNorm
-        for axis, (config, arrays) in zip(column, files.values()):
-            x, y = arrays["x"], arrays["y"]
-            values, norm = (arrays[key][3:].reshape(len(y), len(x)) for key in (quantity, "norm"))
-            colours = axis.pcolormesh(x, y, values, norm=scale(*sorted(limits), clip=True),
-                                      rasterized=True)
-            axis.clabel(axis.contour(x, y, norm, 6, colors="white", linewidths=0.8), fontsize=7)
-            axis.autoscale(False)  # anchors beyond a crop do not widen it
-            for point, name, marker in zip(arrays["points"], arrays["anchors"], "*os"):
-                symbol = str(name).replace("*_S", "_S^*").replace("θ", r"\theta")
-                axis.plot(*point, marker, color="black", markeredgecolor="white", markersize=9)
-                axis.annotate(f"${symbol}$", point, (7, 5), textcoords="offset points",
-                              fontsize=12, clip_on=True,
-                              bbox={"color": "white", "alpha": 0.6, "pad": 1})
-            axis.set_xlabel(f"steps to {arrays['anchors'][1]}")
-            if config["axes"] == "orthonormal":
-                axis.set(aspect="equal", xlabel="distance in weight space")
-        figure.colorbar(colours, ax=column, label=label)
-    titles = "\n".join(describe(config) for config, _ in files.values())
-    figure.suptitle(f"{titles}; white lines: ‖θ‖", fontsize=10)
+            positive = values[values > 0]  # none where m = 1
+            extremes = np.quantile(positive, (0.005, 0.995)) if positive.size else (1e-7, 1e-3)
+            scale = colors.LogNorm(*sorted(args.kl_range or extremes), clip=True)
+        mesh = axis.pcolormesh(x, y, values, norm=scale, rasterized=True)
+        figure.colorbar(mesh, ax=axis, label=label)
+        axis.clabel(axis.contour(x, y, length, 6, colors="white", linewidths=0.8), fontsize=7)
+        axis.autoscale(False)  # anchors beyond a crop do not widen it
+        for point, name, marker in zip(arrays["points"], arrays["anchors"], "*os"):
+            symbol = str(name).replace("*_S", "_S^*").replace("θ", r"\theta")
+            axis.plot(*point, marker, color="black", markeredgecolor="white", markersize=9)
+            axis.annotate(f"${symbol}$", point, (7, 5), textcoords="offset points", fontsize=12,
+                          clip_on=True, bbox={"color": "white", "alpha": 0.6, "pad": 1})
+        axis.set_xlabel(f"steps to {arrays['anchors'][1]}")
+        if config["axes"] == "orthonormal":
+            axis.set(aspect="equal", xlabel="distance in weight space")
     return figure
 
 
-def draw_lines(files):
+def draw_lines(arrays):
     """Test error between fine-tuned copies: every pair a thin line, their mean a thick one (Fig.
     9).
     """
-    kinds = {(describe(config), config["lr"], config["points"], config["distilled"]["init_eps"])
-             for config, _ in files.values()}
-    if len(kinds) > 1:
-        raise Problem(f"these lines are of different experiments: plot them apart, {sorted(kinds)}")
-    config, arrays = files[min(files)]
-    figure, axes = new_figure(1, 2, figsize=(7, 3.6), sharey=True)
-    for start, (axis, title) in enumerate(zip(axes, INITS)):
-        errors = np.concatenate([lines["error"][start] for _, lines in files.values()])
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, 2, figsize=(7, 3.6), sharey=True, layout="constrained")
+    for axis, title, errors in zip(axes, STARTS, arrays["error"]):
         axis.plot(arrays["t"], errors.T, color="grey", linewidth=0.8)
         axis.plot(arrays["t"], errors.mean(0), linewidth=2.5)
         say(f"{title}: {summary(errors)}")
         axis.set(title=f"{title}\nbarrier {mean_std(barrier(errors))}, {len(errors)} pairs",
                  xlabel="position on the line", ylabel="test error (%)")
-    figure.suptitle(describe(config), fontsize=10)
     return figure
 
 
@@ -500,10 +484,10 @@ def draw_lines(files):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     commands = {"plane": plane, "connect": connect, "plot": plot}
-    parser, _ = make_parser(__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("command", choices=commands, help="each has a --help of its own")
     commands[parser.parse_args(argv[:1]).command](argv[1:])
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    main()

@@ -24,10 +24,11 @@ from torch.func import stack_module_state
 from torch.optim.swa_utils import update_bn
 
 from distill import (
-    ARCHS, DATASETS, MAY_CHANGE, PROBES, SEED, Problem, add_common_options, channel_stats, embed,
-    fingerprint, init_student, load_checkpoint, load_data, make_parser, new_figure, normalise,
-    number, pick_device, picture, progress, provenance, random_network, read_checkpoint,
-    read_json, run_cli, run_folder, save_figure, say, write_json)
+    DOWNLOADS, EMBEDDING_WIDTH, MADE, MAY_CHANGE, SEED, Problem, between, channel_stats, check_same,
+    embed, init_student, load_checkpoint, load_data, new_parser, normalise, pick_device, progress,
+    provenance, random_network, read_checkpoint, run_folder, save, say)
+
+PROBES = {"linear_paper": "linear (paper)", "linear_converged": "linear (converged)", "knn": "k-NN"}
 
 
 # ---- The probes ----------------------------------------------------------------------------------
@@ -63,6 +64,15 @@ def linear_probe(x, y, test_x, test_y, n_classes, seeds=(0,)):
     return accuracy(test_x @ weight.detach().mT + bias.detach()[:, None], test_y)
 
 
+def standardised(x, test_x):
+    """Both (n, r) with mean 0 and variance 1 in each feature of `x`, the training part. A feature
+    that does not vary there, but for rounding, is 0 in both: no test image may count by it.
+    """
+    std = x.std(0)
+    std[std <= 1e-6 * x.abs().amax(0)] = math.inf
+    return ((part - x.mean(0)) / std for part in (x, test_x))
+
+
 @torch.no_grad()
 def linear_probe_converged(x, y, test_x, test_y, n_classes, l2=1e-3, tolerance=1e-5, max_iter=5000):
     """Test accuracy in % of logistic regression on standardised features, run until no gradient
@@ -73,10 +83,8 @@ def linear_probe_converged(x, y, test_x, test_y, n_classes, l2=1e-3, tolerance=1
     (it starts afresh where it points uphill): a few dozen steps, however the features are scaled
     and correlated. Raises Problem if it does not converge.
     """
-    # what never varies stays 0
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-8)
     # 1: for the bias
-    x, test_x = (F.pad((features - mean) / std, (0, 1), value=1.0) for features in (x, test_x))
+    x, test_x = (F.pad(part, (0, 1), value=1.0) for part in standardised(x, test_x))
     decay = torch.full((x.shape[1], 1), l2, device=x.device)
     decay[-1] = 0  # the bias is free
     bound = (x.T @ x).double() / (2 * len(y))
@@ -88,8 +96,8 @@ def linear_probe_converged(x, y, test_x, test_y, n_classes, l2=1e-3, tolerance=1
     weight = ahead = torch.zeros(x.shape[1], n_classes, device=x.device)
     age = 0  # of the momentum, in steps
     for _ in range(max_iter):
-        error = (x @ ahead).softmax(1) - target
-        gradient = (error.T @ x).T / len(y) + decay * ahead  # x.T @ error takes 5 times as long
+        residual = (x @ ahead).softmax(1) - target
+        gradient = (residual.T @ x).T / len(y) + decay * ahead  # x.T @ residual: 5 times as long
         if gradient.abs().max() < tolerance:
             return accuracy(test_x @ ahead, test_y).item()
         last, weight = weight, ahead - (gradient.T @ inverse).T
@@ -139,18 +147,17 @@ def calibrated(encoder, images, stats, n=5000):
     and variance 1: is that all the difference?
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n]
-    chosen, encoder = images[order], deepcopy(encoder)
-    batches = chosen.tensor_split(math.ceil(len(chosen) / 500))  # of one size: all count alike
-    update_bn((normalise(x, stats) for x in batches), encoder)
+    encoder, batches = deepcopy(encoder), images[order].tensor_split(math.ceil(len(order) / 500))
+    update_bn((normalise(x, stats) for x in batches), encoder)  # of one size: all count alike
     return encoder
 
 
 def evaluate(encoder, data, seeds=(0,), amp="off"):
     """All probes of `encoder` on `data`, in %: {"linear_paper", "linear_converged", "knn"}.
 
-    linear_paper is the mean over a draw for each of `seeds`; with more than one, "linear_paper_std"
-    says how they scatter and "linear_paper_max" what the luckiest reads. Images are normalised by
-    the mean and standard deviation of `data`'s own training part.
+    The paper's probe draws its initial weights and order of images from each of `seeds`. Several
+    draws give, in place of "linear_paper", its "_mean", "_std" and "_max", the luckiest. Images are
+    normalised by the mean and standard deviation of `data`'s own training part.
     """
     stats, n_classes = channel_stats(data.train_x), len(data.classes)
     x, test_x = (extract_features(encoder, images, stats, amp)
@@ -158,16 +165,15 @@ def evaluate(encoder, data, seeds=(0,), amp="off"):
     parts = x, data.train_y, test_x, data.test_y, n_classes
     # 25 at once: more leave a processor's cache
     draws = torch.cat([linear_probe(*parts, seeds[i:i + 25]) for i in range(0, len(seeds), 25)])
-    scatter = {}
-    if len(seeds) > 1:
-        scatter = {"linear_paper_std": draws.std().item(), "linear_paper_max": draws.max().item()}
-    return {"linear_paper": draws.mean().item(), **scatter,
-            "linear_converged": linear_probe_converged(*parts), "knn": knn_probe(*parts)}
+    paper = {"linear_paper": draws[0].item()} if len(seeds) == 1 else {
+        "linear_paper_mean": draws.mean().item(), "linear_paper_std": draws.std().item(),
+        "linear_paper_max": draws.max().item()}
+    return {**paper, "linear_converged": linear_probe_converged(*parts), "knn": knn_probe(*parts)}
 
 
 # ---- The table and the picture -------------------------------------------------------------------
 
-COLUMNS = {"linear_paper": "linear (paper)", "linear_paper_max": "(its luckiest draw)",
+COLUMNS = {"linear_paper_mean": "linear (paper)", "linear_paper_max": "(its luckiest draw)",
            "linear_converged": "linear (converged)", "knn": "k-NN (k=20)"}
 
 
@@ -177,161 +183,175 @@ def mean_std(values):
     return f"{statistics.mean(values):.2f}{spread}"
 
 
-def print_table(rows, draws):
-    """Print {(label, alike): {fingerprint: (probes in %, {"teacher" or "start": its probes})}}, a
-    row each and one for each comparison, as mean ± std over seeds.
+def check_repeats(configs):
+    """Raise Problem unless the runs {path: config} repeat one experiment, so that one may average
+    them: all settings agree but the seed, also that in a path, and no seed comes twice.
+    """
+    def settings(config):
+        return {name: settings(value) if isinstance(value, dict) else
+                re.sub(r"seed\d+", "", str(value)) for name, value in config.items()}
+
+    ignored = MAY_CHANGE - {"total_steps"} | {"seed", "step", "teacher_probes",
+                                              "constant_student_kl"}
+    seeds, first = {}, next(iter(configs), None)
+    for path, config in configs.items():
+        check_same(path, settings(config), settings(configs[first]), ignored)
+        if seeds.setdefault(config["seed"], path) != path:
+            raise Problem(f"{seeds[config['seed']]} and {path} have the same seed: leave one out")
+
+
+def print_table(rows, probes, draws):
+    """Print {label: {name: {"teacher" or "start": the name of what it is compared with}}}, a row
+    each and one for each comparison, as mean ± std over seeds; `probes` has those of every name.
     """
     def line(label, cells):
         say(f"{label:34}" + "".join(f"{cell:>22}" for cell in cells))
 
     say()
     line("accuracy in %", COLUMNS.values())
-    for (label, _), row in rows.items():
-        results = list(row.values())
-        seeds = f" ({len(results)} seeds)" if len(results) > 1 else ""
-        line(label + seeds, [mean_std([probes[key] for probes, _ in results]) for key in COLUMNS])
-        for reference in results[0][1]:
-            gains = [statistics.mean(probes[key] - references[reference][key]
-                                     for probes, references in results)
-                     for key in COLUMNS]
+    for label, row in rows.items():
+        seeds = f" ({len(row)} seeds)" if len(row) > 1 else ""
+        line(label + seeds, [mean_std([probes[name][key] for name in row]) for key in COLUMNS])
+        for reference in next(iter(row.values())):
+            gains = [statistics.mean(probes[name][key] - probes[others[reference]][key]
+                                     for name, others in row.items()) for key in COLUMNS]
             line(f"  gain over its {reference}", [f"{gain:+.2f}" for gain in gains])
     say(f"linear (paper) is the mean of {draws} draws of its initial weights and order of images; "
         "the paper's tables\nshow the luckiest of 100 to 150: hold that column beside them. "
         "±: between seeds")
 
 
-def draw(path, runs, levels):
-    """Accuracy of every probe over training steps, from each checkpoint's log, and `levels` {label:
-    probes}.
+def plot_probes(path, runs, baselines):
+    """Accuracy of every probe over training steps, from each checkpoint's log, and `baselines`
+    {label: probes} as horizontal lines.
     """
-    logs = [read_checkpoint(run)["log"] for run in runs]
-    figure, axes = new_figure(1, len(PROBES), figsize=(11, 3.8), sharex=True)
+    from matplotlib import pyplot  # here, so that all numbers come out without it
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.8), sharex=True, layout="constrained")
     for axis, (probe, title) in zip(axes, PROBES.items()):
-        for run, log, marker in zip(runs, logs, "os^Dvx" * len(runs)):
-            rows = [row for row in log if probe in row]
+        for run, marker in zip(runs, "os^Dvx" * len(runs)):
+            rows = [row for row in read_checkpoint(run)["log"] if probe in row]
             axis.plot([row["step"] for row in rows], [row[probe] for row in rows], marker=marker,
-                      label=f"student {run_folder(run).name}")
-        for (label, probes), style in zip(levels.items(), ("dotted", "solid")):
-            axis.axhline(probes[probe], color="black", linestyle=style, linewidth=1, label=label)
+                      label=f"student {run.absolute().name}")
+        for (label, probes), style in zip(baselines.items(), ("dotted", "solid")):
+            level = probes.get(probe, probes["linear_paper_mean"])
+            axis.axhline(level, color="black", linestyle=style, linewidth=1, label=label)
         axis.set(title=title, xlabel="distillation step", ylabel="test accuracy (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    save_figure(figure, path)
+    save(path, lambda temporary: figure.savefig(temporary, dpi=150))
+    say(f"the picture: {path}")
 
 
 # ---- Main ----------------------------------------------------------------------------------------
 
+def label_of(path, config):
+    """The name of a run without its seed, and which of its students the checkpoint `path` holds."""
+    which = ", best probe" if path.name == "best.pt" else progress(config)
+    return re.sub("-?seed[0-9]+$", "", run_folder(path).absolute().name) + which
+
+
 def parse_args(argv=None):
-    parser, add = make_parser(__doc__)
-    parser.add_argument("runs", nargs="*", type=Path,
-                        help="run directories of distill.py, or checkpoint files")
-    add("--teacher", f"probe random teachers of these kinds, without a run: {', '.join(ARCHS)}",
-        nargs="+", choices=ARCHS, metavar="ARCH")
-    add("--seeds", "of the random teachers, with --teacher; those of distill.py's runs with the "
-        "same --seed", [0], nargs="+", type=SEED, metavar="SEED")
-    add("--dataset", f"data to probe on: {', '.join(DATASETS)}, or a folder of images (default: "
-        "what the runs used)")
-    add("--draws", "of the paper's linear probe, each with initial weights and an order of the "
-        "images of its own", 10, type=number(int, 2, 1000))
-    add("--json", "also write every accuracy to this file, as soon as it is known", type=Path)
-    add("--figure", "also draw accuracy over steps to this file (.png, .pdf, .svg)", type=picture)
-    add_common_options(add, amp="off")
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("runs", nargs="*", type=Path, help="run directories of distill.py, or checkpoint files")
+    add("--teacher", nargs="+", choices=EMBEDDING_WIDTH, metavar="ARCH", help="probe random "
+        f"teachers of these kinds, without a run: {', '.join(EMBEDDING_WIDTH)}")
+    add("--seeds", nargs="+", default=[0], type=SEED, metavar="SEED", help="of the random "
+        "teachers: those of distill.py's runs with the same --seed")
+    add("--dataset", help=f"data to probe on: {', '.join(DOWNLOADS + MADE)}, a .npz file or a "
+        "folder of images; None: what the runs used")
+    add("--draws", default=10, type=between(2, 1000), help="of the paper's linear probe, each with "
+        "initial weights and an order of the images of its own")
+    add("--json", type=Path, help="also write every accuracy to this file")
+    add("--figure", type=Path, help="also draw accuracy over steps: .png, .pdf or .svg")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda if there")
+    add("--amp", default="off", choices=("bf16", "off"), help="16-bit encoder")
     args = parser.parse_args(argv)
     if bool(args.runs) == bool(args.teacher) or args.teacher and not args.dataset:
         parser.error("name one or more run directories, or --teacher ARCH --dataset DATA")
     if args.figure and not args.runs:
         parser.error("--figure draws runs: name one or more run directories")
+    if args.json and (args.json.suffix != ".json" or args.json.exists()):
+        parser.error("--json wants a name that ends in .json, of a file that is not there yet")
     return args
 
 
 def encoders_of(args, runs, image_size, data):
-    """Yield (label, alike, name, encoder, {what it is compared with: name}) of all to be probed.
-
-    What agrees in label and in `alike`, a text, differs in its seed alone, and shares a row.
+    """Yield (label, name, encoder, {"teacher" or "start": the name of what it is compared with}) of
+    all to be probed. What has one label differs in its seed alone, and shares a row.
     """
-    def controls(label, alike, name, encoder):
+    def controls(label, name, encoder):
         """A random teacher, and the same with calibrated batch norm, if it has any."""
-        yield label, alike, name, encoder, {}
+        yield label, name, encoder, {}
         if any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules()):
-            copy = calibrated(encoder.to(data.train_x.device), data.train_x,
+            twin = calibrated(encoder.to(data.train_x.device), data.train_x,
                               channel_stats(data.train_x))
-            yield f"{label}, calibrated", alike, f"{name}, calibrated", copy, {"teacher": name}
+            yield f"{label}, calibrated", f"{name}, calibrated", twin, {"teacher": name}
 
-    yield "raw pixels", "", "raw pixels", nn.Flatten(), {}
+    yield "raw pixels", "raw pixels", nn.Flatten(), {}
     for arch, seed in itertools.product(args.teacher or (), args.seeds):
         encoder = random_network(2 * seed, arch, 1, image_size).encoder
-        yield from controls(f"teacher {arch}", "", f"teacher {arch} seed {seed}", encoder)
+        yield from controls(f"teacher {arch}", f"teacher {arch} seed {seed}", encoder)
+    teachers = {}  # runs may share one: it is probed once
     for path, (teacher, student, config) in runs.items():
-        run = re.sub("-?seed[0-9]+$", "", run_folder(path).absolute().name)
-        which = ", best probe" if path.name == "best.pt" else progress(config)
-        label = f"teacher of {run}" if config["teacher"] else f"teacher {config['arch']}"
-        references = {"teacher": f"teacher of {path}"}
-        yield from controls(label, config["norm"], references["teacher"], teacher)
-        alike = str({**config, **dict.fromkeys((*MAY_CHANGE, "seed", "step", "total_steps"))})
-        alike = re.sub("seed[0-9]+", "", alike)  # also in the path of another run, --teacher
-        if config["init_eps"] > 0:
-            shape = (config["arch"], 1, config["image_size"], config["norm"])
-            start = random_network(2 * config["seed"] + 1, *shape).encoder.to(data.train_x.device)
-            init_student(teacher, start, config["init_eps"])
-            yield f"start of {run}", alike, f"start of {path}", start, references
-            references = references | {"start": f"start of {path}"}
-        yield f"student {run}{which}", alike, f"student {path}", student, references
+        label = label_of(path, config)
+        norm = f" {config['norm']} norm" * (config["norm"] != "batch")
+        kind = f"teacher of {label}" if config["teacher"] else f"teacher {config['arch']}{norm}"
+        name = teachers.setdefault((kind, config["seed"]), f"teacher of {path}")
+        if name == f"teacher of {path}":
+            yield from controls(kind, name, teacher.encoder)
+        compared_with = {"teacher": name}
+        if float(config["init_eps"]) > 0:
+            start = random_network(2 * config["seed"] + 1, config["arch"], config["out_dim"],
+                                   config["image_size"], config["norm"], config["l2_bottleneck"])
+            init_student(teacher, start, float(config["init_eps"]))
+            yield f"start of {label}", f"start of {path}", start.encoder, compared_with
+            compared_with = compared_with | {"start": f"start of {path}"}
+        yield f"student {label}", f"student {path}", student.encoder, compared_with
 
 
 def main(argv=None):
     args = parse_args(argv)
-
-    # What an earlier call has left
-    results = read_json(args.json) if args.json and args.json.exists() else {}
-    if results and not args.resume:
-        raise Problem(f"{args.json} exists: add --resume to go on with it, or name another file "
-                      "with --json")
-    if args.json:
-        write_json(args.json, results)  # if it cannot be written, say so now
-
-    # Runs, and the data that they have in common
     device = pick_device(args.device)
-    runs = {path: load_checkpoint(path, device) for path in args.runs}
-    configs = [config for *_, config in runs.values()]
-    logged = {config["probe_dataset"] or config["dataset"] for config in configs}
+    runs = {path: load_checkpoint(path) for path in args.runs}
+    configs = {path: config for path, (*_, config) in runs.items()}
+    groups = {}
+    for path, config in configs.items():
+        groups.setdefault(label_of(path, config), {})[path] = config
+    for group in groups.values():
+        check_repeats(group)
+
+    # The data that they have in common
+    logged = {config["probe_dataset"] or config["dataset"] for config in configs.values()}
     datasets = {args.dataset} if args.dataset else logged
-    sizes = {config["image_size"] for config in configs} or {32}
+    sizes = {config["image_size"] for config in configs.values()} or {32}
     if len(datasets) > 1 or len(sizes) > 1:
         raise Problem(f"these runs use data of different kinds or sizes, {datasets} and {sizes}: "
                       "probe them apart, or name one kind with --dataset")
     (dataset,), (image_size,) = datasets, sizes
     if args.figure and logged != {dataset}:
         raise Problem(f"--figure draws what the runs' logs hold, and that is not of {dataset}")
-    data = load_data(dataset, image_size, args.data_dir, args.mirror, device=device)
+    data = load_data(dataset, image_size, device=device)
     if len(data.test_y) == 0:
         raise Problem(f"{dataset} has no labels to probe: name a labelled data set with --dataset")
-    about = {"dataset": dataset, "image_size": image_size, "train_images": len(data.train_y),
-             "test_images": len(data.test_y), "amp": args.amp, "draws": args.draws}
+    measured_on = {"dataset": dataset, "image_size": image_size, "train_images": len(data.train_y),
+             "test_images": len(data.test_y), "amp": args.amp, "draws": args.draws,
+             "provenance": provenance(device)}
     say(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, "
         f"{len(data.classes)} classes, {device.type}")
 
-    # Probe what is not yet known, by the weights
-    if not all(isinstance(known, dict) and about.items() <= known.items()
-               for known in results.values()):
-        raise Problem(f"{args.json} was measured on other data than {dataset}, with other --amp or "
-                      "--draws, or by an older probe.py: name another file")
-    measured, rows = {known["weights"]: known for known in results.values()}, {}
-    for *row, name, encoder, references in encoders_of(args, runs, image_size, data):
-        weights = fingerprint(encoder)
-        if weights not in measured:  # not yet; a teacher that runs share is probed once
-            probes = evaluate(encoder.to(device), data, range(args.draws), args.amp)
-            measured[weights] = {**probes, **about, "weights": weights, **provenance(device)}
-        results[name] = measured[weights]
-        if args.json:
-            write_json(args.json, results)
-        say(f"  {name}: " + ", ".join(f"{title} {results[name][probe]:.2f}"
-                                      for probe, title in PROBES.items()))
-        rows.setdefault(tuple(row), {})[weights] = (
-            results[name], {label: results[other] for label, other in references.items()})
-    print_table(rows, args.draws)
+    probes, rows = {}, {}
+    for label, name, encoder, compared_with in encoders_of(args, runs, image_size, data):
+        probes[name] = evaluate(encoder.to(device), data, range(args.draws), args.amp) | measured_on
+        rows.setdefault(label, {})[name] = compared_with
+        say(f"  {name}: " + ", ".join(f"{title} {probes[name][column]:.2f}"
+                                      for column, title in COLUMNS.items()))
+    print_table(rows, probes, args.draws)
+    if args.json:
+        save(args.json, probes)
     if args.figure:
-        draw(args.figure, runs, {"raw pixels": results["raw pixels"],
-                                 "random teacher": results[f"teacher of {args.runs[0]}"]})
+        plot_probes(args.figure, runs, {"raw pixels": probes["raw pixels"],
+                                        "random teacher": probes[f"teacher of {args.runs[0]}"]})
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    main()

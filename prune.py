@@ -4,9 +4,9 @@
 
     run=runs/cifar10-resnet18-eps0-seed0
     python prune.py $run                                     the student, rewound to its own weights
-    python prune.py $run --init random --rewind-epoch 2      its teacher's random weights
+    python prune.py $run --init teacher --rewind-epoch 2     its teacher's random weights
     python prune.py $run --control random                    as many weights per layer, but any
-    python prune.py plot runs/cifar10-resnet18-eps0-seed*    all curves of these runs, mean ± std
+    python prune.py plot runs/cifar10-resnet18-eps0-seed*    all curves of these runs
 
 One round: train with labels, prune the 20 % of the remaining weights that are smallest, put the
 survivors back where they were at the rewinding point, train again. A *ticket* is a mask under which
@@ -16,23 +16,114 @@ distilled student is such a point already.
 """
 import copy
 import csv
+import itertools
+import json
 import math
-import re
 import sys
 import time
-from datetime import timedelta
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from distill import (
-    ARCHS, MAY_CHANGE, Problem, add_common_options, add_fine_tuning_options, channel_stats,
-    check_same, check_undisturbed, checkpoint_to_resume, classification_accuracy, classifier,
-    fill_defaults, fine_tune, fingerprint, load_checkpoint, load_data, make_parser, new_figure,
-    number, pick_amp, pick_device, picture, progress, provenance, read_json, run_cli,
-    run_folder, save_checkpoint, save_figure, say, stratified_subset, to_config, write_csv,
-    write_json)
+    EMBEDDING_WIDTH, MAY_CHANGE, POSITIVE, SEED, Problem, add_common_options, between,
+    channel_stats, check_same, checksum, embed, load_checkpoint, load_data, new_parser, normalise,
+    pick_amp, pick_device, progress, provenance, run_directory, run_folder, save, say,
+    stratified_subset, to_config, train)
+
+
+# ---- Training with labels, here and in landscape.py ----------------------------------------------
+
+def new_classifier(encoder, width, n_classes, seed, lr):
+    """(network, optimizer) for `fine_tune`: the `encoder`, with embeddings of that width, and a
+    linear head, whose weights the seed fixes; and SGD as the paper has it.
+    """
+    torch.manual_seed(seed)
+    device = next(encoder.parameters()).device
+    head = nn.Linear(width, n_classes).to(device)
+    network = nn.Sequential(OrderedDict(encoder=encoder.requires_grad_(True), head=head)).train()
+    return network, torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
+
+
+def classify(network, images, stats, amp):
+    """uint8 images (B, 3, s, s) -> (B, classes) float32 logits of a classifier."""
+    return network.head(embed(network.encoder, normalise(images, stats), amp))
+
+
+def augment(images, seed, step):
+    """uint8 (B, 3, s, s) -> the same shape: flipped left to right or not, padded with 4 black
+    pixels a side, cropped at random.
+
+    The random numbers depend on (seed, step) alone, so that rewinding to a step brings back its
+    very images.
+    """
+    n, size = len(images), images.shape[-1]
+    rng = np.random.default_rng((seed, step, 1))  # 1: not the stream (seed, epoch) of the order
+    top, left, flip = (torch.from_numpy(rng.integers(high, size=n)).to(images.device)
+                       for high in (9, 9, 2))  # 9 places for a crop, each way
+    padded = F.pad(images, [4] * 4)
+    padded = torch.where(flip.view(n, 1, 1, 1) == 1, padded.flip(3), padded)
+    crops = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, 9, 9, s, s): all, as a view
+    return crops[torch.arange(n, device=images.device), :, top, left]
+
+
+def fine_tune(network, optimizer, images, labels, args, order_seed, first_step=0):
+    """`train` a classifier for args.epochs epochs with labels, flips and crops.
+
+    The learning rate args.lr falls tenfold at half and at three quarters of the steps (epochs 80
+    and 120 of 160). Of args, epochs, batch_size, lr, amp and seed count; trainings with one seed
+    differ at most in `order_seed`, that of the order of the data.
+    """
+    stats, steps = channel_stats(images), args.epochs * math.ceil(len(images) / args.batch_size)
+    counter = itertools.count(first_step)
+
+    def batch_loss(index):
+        crops = augment(images[index], args.seed, next(counter))
+        return F.cross_entropy(classify(network, crops, stats, args.amp), labels[index])
+
+    def learning_rate(step):
+        return args.lr * 0.1 ** sum(step >= round(milestone * steps) for milestone in (0.5, 0.75))
+
+    return train(batch_loss, len(images), optimizer, steps=steps, batch_size=args.batch_size,
+                 seed=order_seed, learning_rate=learning_rate, first_step=first_step)
+
+
+@torch.no_grad()
+def classification_accuracy(network, images, labels, stats, amp):
+    """Share of uint8 images (n, 3, s, s) classified right, in %; eval mode, then train mode."""
+    network.eval()
+    predicted = torch.cat([classify(network, x, stats, amp).argmax(1) for x in images.split(500)])
+    network.train()
+    return 100 * (predicted == labels).double().mean().item()
+
+
+def add_fine_tuning_options(add):
+    """The options of supervised training, as the paper has it for Fig. 8."""
+    add("--epochs", default=160, type=POSITIVE, help="of a training; the learning rate falls "
+        "tenfold at 1/2 and 3/4 of them")
+    add("--lr", type=between(0, math.inf, float), help="SGD's first learning rate, momentum 0.9, "
+        "weight decay 1e-4; None: 0.1, for resnet20 0.05")
+    add("--batch-size", default=256, type=POSITIVE, help="images a step")
+    add("--dataset", help="labelled data to train on; None: the one the run was probed on")
+    add("--n-samples", type=POSITIVE, help="training images, each class in its share; None: all")
+    add("--seed", type=SEED, help="of the linear classifier, the order of the data and the crops; "
+        "None: the run's")
+    add_common_options(add)
+
+
+def fill_in(args, device, distilled):
+    """Replace what is None, or auto, in the options of fine-tuning by what fits the distilled run
+    of that config.
+    """
+    args.dataset = args.dataset or distilled["probe_dataset"] or distilled["dataset"]
+    args.seed = distilled["seed"] if args.seed is None else args.seed
+    if args.lr is None:
+        args.lr = 0.05 if distilled["arch"] == "resnet20" else 0.1
+    args.amp = pick_amp(args.amp, device, distilled["arch"], distilled["norm"])
 
 
 # ---- Masks ---------------------------------------------------------------------------------------
@@ -82,31 +173,25 @@ def apply_mask(weights, mask):
 
 # ---- Main: train, prune, rewind ------------------------------------------------------------------
 
-# accuracies in % of the test images; the best over all epochs' ends, as the paper has it
-LOG_COLUMNS = ("round", "weights_left", "best_accuracy", "final_accuracy", "seconds")
-FREE = (MAY_CHANGE - {"epochs"}) | {"run", "rounds", "made"}  # what may change on --resume
-
-
 def parse_args(argv=None):
-    parser, add = make_parser(__doc__)
-    parser.add_argument("run", type=Path,
-                        help="run directory of distill.py, whose student or teacher is pruned")
-    add("--init", "start at the distilled student or at its random teacher", "student",
-        choices=("student", "random"))
-    add("--rewind-epoch", "rewind to the end of this epoch of the first training; 0 is the very "
-        "start", 0, type=number(int, 0), metavar="ℓ")
-    add("--control", "random: prune as many weights of each layer as their magnitudes would have "
-        "it, but any", choices=("random",))
-    add("--prune-all", "prune biases and norms too, as the released code does", False,
-        action="store_true")
-    add("--rounds", "number of prunings, each with a training; 24 leave 0.5 %%", 24,
-        type=number(int, 0, 1000))
-    add("--rate", "share of the remaining weights that a round prunes; larger is quicker and "
-        "rougher", 0.2, type=number(float, 1e-9, 0.999))
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("run", type=Path, help="run directory of distill.py, whose student or teacher is pruned")
+    add("--init", default="student", choices=("student", "teacher"), help="start at the distilled "
+        "student or at its teacher's random weights (the paper's random init)")
+    add("--rewind-epoch", default=0, type=between(0, 2**31), metavar="ℓ", help="rewind to the end "
+        "of this epoch of the first training; 0 is the very start")
+    add("--control", choices=("random",), help="random: prune as many weights of each layer as "
+        "their magnitudes would have it, but any")
+    add("--prune-all", action="store_true", help="prune biases and norms too, as the released code "
+        "does")
+    add("--rounds", default=24, type=between(0, 1000), help="number of prunings, each with a "
+        "training; 24 leave 0.5 %%")
+    add("--rate", default=0.2, type=between(1e-9, 0.999, float), help="share of the remaining "
+        "weights that a round prunes; larger is quicker and rougher")
+    add("--out", type=Path, help="directory of the curve; None: <run>/prune-<init>-rewind<ℓ>, with "
+        "-all and -control")
     add_fine_tuning_options(add)
-    add("--out", "directory of the curve (default: <run>/prune-<init>-rewind<ℓ>, with -control)",
-        type=Path)
-    add_common_options(add)
     args = parser.parse_args(argv)
     if args.rewind_epoch >= args.epochs:
         parser.error(f"--rewind-epoch {args.rewind_epoch} is beyond the run: it must be less than "
@@ -122,31 +207,28 @@ def main(argv=None):
     if argv[:1] == ["plot"]:
         return plot(argv[1:])
     args = parse_args(argv)
-    device = pick_device(args.device)
-    teacher, student, distilled = load_checkpoint(args.run, device)
-    encoder = student if args.init == "student" else teacher
-    fill_defaults(args, distilled)
-    checkpoint = checkpoint_to_resume(args, "prune.py", FREE)
-    args.amp = pick_amp(args.amp, device, distilled["arch"], distilled["norm"])
+    teacher, student, distilled = load_checkpoint(args.run)
+    with run_directory(args.out, args.resume, "prune.py") as checkpoint:
+        prune(args, (student if args.init == "student" else teacher).encoder, distilled, checkpoint)
 
-    data = load_data(args.dataset, distilled["image_size"], args.data_dir, args.mirror,
-                     device=device)
+
+def prune(args, encoder, distilled, checkpoint):
+    """Train the encoder, prune it, rewind it, and train it again, round by round."""
+    device = pick_device(args.device)
+    fill_in(args, device, distilled)
+    data = load_data(args.dataset, distilled["image_size"], device=device)
     if len(data.test_y) == 0:
         raise Problem(f"{args.dataset} has no labels to train on: name a labelled data set with "
                       "--dataset")
     images, labels = stratified_subset(data.train_x, data.train_y, args.n_samples)
-    config = {**to_config(args), "n_images": len(labels),
-              "starting_weights": fingerprint(encoder), "distilled": distilled,
-              "made": [provenance(device)]}
+    config = {**to_config(args), "n_images": len(labels), "data_checksum": checksum(data),
+              "distilled": distilled, "provenance": provenance(device)}
     if checkpoint:
-        begun_with = checkpoint["config"]
-        check_same(args.out, begun_with, config, FREE | {"distilled"})
-        config["made"] = begun_with.get("made", []) + config["made"]
-    stats, per_epoch = channel_stats(images), math.ceil(len(labels) / args.batch_size)
+        check_same(args.out, checkpoint["config"], config, MAY_CHANGE - {"epochs"} | {"rounds"})
 
-    network, optimizer, scaler = classifier(encoder, ARCHS[distilled["arch"]][1],
-                                            len(data.classes), args, device)
-    trained = {"network": network, "optimizer": optimizer, "scaler": scaler}  # what a step changes
+    stats, per_epoch = channel_stats(images), math.ceil(len(labels) / args.batch_size)
+    network, optimizer = new_classifier(encoder.to(device), EMBEDDING_WIDTH[distilled["arch"]],
+                                        len(data.classes), args.seed, args.lr)
     weights = prunable(network, args.prune_all)
     total = sum(w.numel() for w in weights.values())
     if total * (1 - args.rate) ** args.rounds < 1:
@@ -158,41 +240,39 @@ def main(argv=None):
         network.load_state_dict(checkpoint["network"])
         mask = {name: m.to(device) for name, m in checkpoint["mask"].items()}
         rewinding_point, log = checkpoint["rewinding_point"], checkpoint["log"]
-        write_csv(args.out / "log.csv", LOG_COLUMNS, log)  # a kill may have come before it
+        save(args.out / "log.csv", log)  # a kill may have come before it
 
     def snapshot(step):
-        """A copy of everything that a step changes."""
-        return copy.deepcopy({"step": step,
-                              **{name: part.state_dict() for name, part in trained.items()}})
+        """A copy of everything that a step changes, and how many were made."""
+        return copy.deepcopy({"network": network.state_dict(), "optimizer": optimizer.state_dict(),
+                              "step": step})
 
     def show(row):
-        eta = timedelta(seconds=(args.rounds - row["round"]) * round(row["seconds"]))
         say(f"{row['round']:5d}{row['weights_left']:18.2f}{row['best_accuracy']:18.2f}"
-            f"{row['final_accuracy']:18.2f}{row['seconds']:18.2f}{eta!s:>18}")
+            f"{row['final_accuracy']:18.2f}{row['seconds']:18.2f}")
 
-    say(f"{distilled['arch']} from the {args.init} weights of {args.run}{progress(distilled)} on "
+    say(f"{distilled['arch']} from the {args.init}'s weights of {args.run}{progress(distilled)} on "
         f"{args.dataset}: {len(labels):,} images, {args.epochs * per_epoch:,} steps of "
         f"{args.batch_size} a round, {total:,} weights to prune, seed {args.seed}, "
         f"{device.type}, amp {args.amp} -> {args.out}")
     say(f"round{'weights left (%)':>18}{'best epoch (%)':>18}{'last epoch (%)':>18}"
-        f"{'seconds':>18}{'ETA':>18}")
+        f"{'seconds':>18}")
     for row in log:
         show(row)
     for round_number in range(len(log), args.rounds + 1):
         left = round(total * (1 - args.rate) ** round_number)
         if round_number == 0:
-            start, rewinding_point = 0, snapshot(0)
+            rewinding_point = snapshot(0)
         else:  # prune, and rewind: weights, optimiser, schedule, order of the data and crops
             smaller = magnitude_mask(weights, mask, left)
             mask = random_mask(mask, smaller, args.seed + round_number) if args.control else smaller
-            for name, part in trained.items():
-                # an optimiser keeps, and changes, what it is given
-                part.load_state_dict(copy.deepcopy(rewinding_point[name]))
-            start = rewinding_point["step"]
+            network.load_state_dict(rewinding_point["network"])
+            # a copy: an optimiser keeps, and changes, what it is given
+            optimizer.load_state_dict(copy.deepcopy(rewinding_point["optimizer"]))
             apply_mask(weights, mask)
         accuracies, clock = [], time.time()
-        for step, _ in fine_tune(network, optimizer, scaler, images, labels, args, args.seed,
-                                 start):
+        for step, *_ in fine_tune(network, optimizer, images, labels, args, args.seed,
+                                  rewinding_point["step"] * (round_number > 0)):
             apply_mask(weights, mask)
             if step % per_epoch == 0:
                 accuracies.append(classification_accuracy(network, data.test_x, data.test_y, stats,
@@ -202,108 +282,88 @@ def main(argv=None):
         if not all(w.isfinite().all() for w in weights.values()):
             raise Problem(f"weights are not finite after round {round_number}: lower --lr or take "
                           f"--amp off; what {args.out} held is kept")
-        seconds = time.time() - clock
-        check_undisturbed(args.out / "log.csv", LOG_COLUMNS, log)
-        row = round_number, 100 * left / total, max(accuracies), accuracies[-1], seconds
-        log.append(dict(zip(LOG_COLUMNS, row)))
-        save_checkpoint(args.out / "last.pt", "prune.py", config=config,
-                        network=network.state_dict(), mask=mask,
-                        rewinding_point=rewinding_point, log=log)
-        write_json(args.out / "config.json", config)
-        write_csv(args.out / "log.csv", LOG_COLUMNS, log)
+        # accuracies in % of the test images; the paper has the best over all epochs' ends
+        log.append({"round": round_number, "weights_left": 100 * left / total,
+                    "best_accuracy": max(accuracies), "final_accuracy": accuracies[-1],
+                    "seconds": time.time() - clock})
+        save(args.out / "last.pt", {"format": "prune.py 4", "config": config, "log": log,
+                                    "network": network.state_dict(), "mask": mask,
+                                    "rewinding_point": rewinding_point})
+        save(args.out / "config.json", config)
+        save(args.out / "log.csv", log)
         show(log[-1])
     say(f"{args.out}: all {args.rounds} rounds are done")
 
 
 # ---- The curves and their picture, from config.json and log.csv alone ----------------------------
 
-# in which repeats of a curve may differ
-REPEATS = (FREE - {"steps"}) | {"seed", "starting_weights", "distilled"}
-
-
 def read_curve(folder):
-    """(label, settings that repeats share as a text, title, {weights left in %: best accuracy in
-    %}).
+    """(what was pruned in words, network and data in words, {weights left in %: best accuracy in
+    %}) of a directory of prune.py. Raises Problem.
     """
     try:
-        config = read_json(folder / "config.json")
-        distilled = config["distilled"]
-        settings = str([{key: part[key] for key in sorted(part) if key not in REPEATS}
-                        for part in (config, distilled)])
+        config = json.loads((folder / "config.json").read_text())
         with open(folder / "log.csv", newline="") as file:
             curve = {float(row["weights_left"]): float(row["best_accuracy"])
                      for row in csv.DictReader(file)}
-        start = "student" if config["init"] == "student" else "random init"
-        control = ", random masks" if config["control"] else ""
-        return (f"{start}, rewound to epoch {config['rewind_epoch']}{control}",
-                re.sub("seed[0-9]+", "", settings),  # also in the path of another run
-                f"{distilled['arch']}, {config['n_images']:,} images of "
+        unfinished = f", {len(curve) - 1} of {config['rounds']} rounds"
+        return (f"{config['init']}, rewound to epoch {config['rewind_epoch']}"
+                + ", random masks" * bool(config["control"])
+                + unfinished * (len(curve) <= config["rounds"]),
+                f"{config['distilled']['arch']}, {config['n_images']:,} images of "
                 f"{Path(config['dataset']).name}, {config['epochs']} epochs a round", curve)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise Problem(f"{folder} holds no readable curve ({error!r}): leave it out, or prune "
                       "again") from None
 
 
-def read_curves(paths):
-    """{label: list of (title, curve)} of directories of prune.py, or with such inside.
-
-    Curves that differ in their seed alone share a label.
-    """
-    folders, groups, labels = {}, {}, {}
-    for path in paths:
+def plot(argv):
+    """Print and draw Fig. 8: test accuracy of the best epoch over weights left, a line a curve."""
+    parser = new_parser(plot.__doc__, "prune.py plot")
+    parser.add_argument("runs", nargs="+", type=Path,
+                        help="directories of prune.py, or of distill.py with such inside")
+    parser.add_argument("--figure", type=Path, help=".png, .pdf or .svg; None: tickets.png in the "
+                        "first of them")
+    args = parser.parse_args(argv)
+    folders = {}  # none of them twice
+    for path in args.runs:
         inside = [path] if (path / "config.json").exists() else [
-            config.parent for config in path.glob("*/config.json")]
+            config.parent for config in sorted(path.glob("*/config.json"))]
         if not inside:
             raise Problem(f"no pruning curve in {path}: let prune.py finish a round, or name the "
                           "directory of a curve")
-        folders |= {folder.resolve(): folder for folder in inside}  # none of them twice
-    for folder in sorted(folders.values()):
-        label, settings, *curve = read_curve(folder)
-        if (label, settings) not in labels:
-            other = label in groups  # a name that an experiment with other settings has
-            labels[label, settings] = f"{label} ({folder})" if other else label
-        groups.setdefault(labels[label, settings], []).append(curve)
-    return dict(sorted(groups.items(), key=lambda group: (group[0][0] == "r", group[0])))
+        folders |= {folder.resolve(): folder for folder in inside}
+    kinds, titles, curves = zip(*map(read_curve, folders.values()))
 
-
-def plot(argv):
-    """Print and draw Fig. 8: test accuracy of the best epoch over weights left, mean ± std."""
-    parser, add = make_parser(plot.__doc__, "prune.py plot")
-    parser.add_argument("runs", nargs="+", type=Path,
-                        help="directories of prune.py, or of distill.py with such inside")
-    add("--figure", ".png, .pdf or .svg", Path("figures/tickets.png"), type=picture)
-    args = parser.parse_args(argv)
-    groups, means, titles = read_curves(args.runs), {}, set()
     say("best epoch's test accuracy in %")
-    for column, (label, group) in enumerate(groups.items(), 1):
-        say(f"  [{column}] {label} (n={len(group)})")
-        group_titles, curves = zip(*group)
-        left = sorted(set.intersection(*map(set, curves)))  # the rounds that all repeats have
-        accuracies = np.array([[curve[x] for x in left] for curve in curves])
-        std = accuracies.std(0, ddof=min(1, len(curves) - 1))
-        means[f"{label} (n={len(group)})"] = dict(zip(left, zip(accuracies.mean(0), std)))
-        titles.update(group_titles)
-    say("weights left (%)"
-        + "".join(f"{f'[{column}]':>16}" for column in range(1, len(means) + 1)))
-    for x in sorted(set().union(*means.values()), reverse=True):
-        cells = [f"{curve[x][0]:.2f} ± {curve[x][1]:.2f}".removesuffix(" ± 0.00") if x in curve
-                 else "" for curve in means.values()]
-        say(f"{x:16.2f}" + "".join(f"{cell:>16}" for cell in cells))
+    for i, (folder, kind) in enumerate(zip(folders.values(), kinds), 1):
+        say(f"  [{i}] {kind} ({folder})")
+    say("weights left (%)" + "".join(f"{f'[{i}]':>10}" for i in range(1, len(curves) + 1)))
+    levels = sorted(set().union(*curves), reverse=True)
+    for left in levels:
+        say(f"{left:16.2f}" + "".join(f"{curve[left]:10.2f}" if left in curve else f"{'':10}"
+                                      for curve in curves))
 
-    figure, axis = new_figure(figsize=(7, 4.6))
-    for (label, curve), marker in zip(means.items(), "osD^vP*X" * len(means)):
-        left, (mean, std) = list(curve), zip(*curve.values())
-        axis.errorbar(left, mean, std, marker=marker, label=label,
-                      linestyle="--" if "random masks" in label else "-")
-    ticks = sorted(max(means.values(), key=len))[::-2]  # every second level, with 100 %
+    from matplotlib import pyplot  # here, so that the numbers come out without it
+    figure, axis = pyplot.subplots(figsize=(7, 4.6), layout="constrained")
+    styles = {kind: {"color": f"C{i}", "marker": "osD^vP*X"[i % 8]}  # repeats look alike
+              for i, kind in enumerate(sorted(set(kinds)))}
+    for kind, curve in zip(kinds, curves):
+        axis.plot(*zip(*curve.items()), **styles[kind], linewidth=1,
+                  linestyle="--" if "random masks" in kind else "-")
+    for kind, style in styles.items():
+        axis.plot([], [], **style, label=f"{kind} (n={kinds.count(kind)})")
+    ticks = levels[::2]  # with 100 %
     axis.set(xscale="log", xlabel="weights left (%)", ylabel="test accuracy, best epoch (%)",
-             title="\n".join(sorted(titles)))
+             title="\n".join(sorted(set(titles))))
     axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axis.set_xticks([], minor=True)
     axis.invert_xaxis()
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    save_figure(figure, args.figure)
+    picture = args.figure or args.runs[0] / "tickets.png"
+    save(picture, lambda temporary: figure.savefig(temporary, dpi=150))
+    say(f"the picture: {picture}")
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    main()

@@ -3,8 +3,7 @@
 #   bash run_all.sh quick [ARGS]   the central effects on a CPU, no download, minutes; ARGS go to distill.py
 #   bash run_all.sh mini           Fig. 3, a transfer of Table 2 and VGG's plateau at a CPU's size (hours)
 #   bash run_all.sh [full]         the whole paper on the GPUs of this machine; ends with results/REPORT.md
-#   bash run_all.sh list [1|2]     its jobs, one command a line (1, 2: of one stage); list mini: those of mini
-#   bash run_all.sh data           its data sets, which full fetches first
+#   bash run_all.sh list [1|2]     its jobs, one command a line (1, 2: of one stage); list mini; data: its data sets
 #   bash run_all.sh report [DIR]   every table and figure, from whatever is under runs/ (or DIR)
 #   bash run_all.sh test [ARGS]    the tests; ARGS go to pytest
 #   SEEDS="0 1 2"                  fewer seeds, fewer jobs (Fig. 8, which has five, then takes these, too)
@@ -12,6 +11,7 @@
 #   TOY=DIR                        a rehearsal under runs/toy: every job for two steps on the few images in DIR
 #   JOBS=N, ON_CPU=1               so many jobs at once (default: one a GPU); full without a GPU
 set -euo pipefail; cd "$(dirname "$0")"
+export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=-1  # glibc keeps a batch's logits, 67 MB, for the next
 fail() { echo "run_all.sh: error: $1" >&2; exit "${2:-1}"; }
 
 environment() {  # sets PY to a Python with the packages: the active one, or else that of .venv, made if need be
@@ -23,42 +23,43 @@ assert sys.version_info >= (3, 10) and torch.__version__ >= (2, 4)'
     python3 -m venv .venv || fail "python3 makes no virtual environment: install its venv module (Debian: python3-venv)"
     "$PY" -m pip install --quiet -r requirements.txt || fail "pip could not install requirements.txt; run this again"
 }
-
 quick() {  # what is done is skipped, what was interrupted goes on, and a student that went on is probed again
-    local student="$PY distill.py --arch resnet20 --out-dim 1024 --batch-size 128 --steps 400 --eval-every 100 --resume"
-    local out=runs/quick start
+    local student="$PY distill.py --arch resnet20 --out-dim 1024 --batch-size 128 --steps 400 --eval-every 200 --resume"
+    local out=runs/quick start run
+    made leaves leaves
     $student --dataset leaves --init-eps 0 --out $out/eps0 "$@"
     $student --dataset leaves --init-eps inf --out $out/epsinf "$@"
     $student --dataset noise --n-samples 10000 --probe-dataset leaves --init-eps 0 --out $out/noise "$@"
-    $PY probe.py $out/{eps0,epsinf,noise} --dataset leaves --json $out/summary.json --resume --figure figures/quick.png
+    for run in eps0 epsinf noise; do [ $out/summary.json -nt $out/$run/last.pt ] || rm -f $out/summary.json; done
+    [ -e $out/summary.json ] ||
+        $PY probe.py $out/{eps0,epsinf,noise} --dataset leaves --json $out/summary.json --figure figures/quick.png
     # Lottery tickets in miniature: the student, its random teacher, and the student under random masks
-    for start in "" "--init random" "--control random"; do
+    for start in "" "--init teacher" "--control random"; do
         $PY prune.py $out/eps0 --n-samples 1000 --epochs 3 --batch-size 50 --rate 0.65 --rounds 2 --resume $start; done
     $PY prune.py plot $out/eps0 --figure figures/quick_tickets.png
-    # The landscape in miniature: a plane through the teacher and two students, and lines between fine-tuned copies
+    # The landscape in miniature: a plane through teacher and students, and lines between fine-tuned copies
     $PY landscape.py plane $out/eps0 $out/epsinf --grid 11 --n-samples 200 --n-test 200 --resume
     $PY landscape.py plot $out/eps0/plane-shared-epsinf.npz --figure figures/quick_plane.png
-    $PY landscape.py connect $out/eps0 --copies 3 --n-samples 1000 --epochs 3 --batch-size 50 --points 5 \
-        --n-test 500 --resume
+    $PY landscape.py connect $out/eps0 --copies 3 --n-samples 1000 --epochs 3 --batch-size 50 --points 5 --n-test 500 \
+        --resume
     $PY landscape.py plot $out/eps0/connect/connect.npz --figure figures/quick_connect.png
     echo "the numbers: $out/summary.json; in $out/eps0, prune-*/log.csv and *.npz; the pictures: figures/quick*.png"
 }
 
 # ---- The jobs: self-contained commands, in two stages; `report` knows their outputs by name --------------------------
-TOY=${TOY:-} OUT=runs${TOY:+/toy}/paper few="--batch-size 16 --device cpu"
+CIFAR5M="100000 200000 750000 1000000 5000000" TOY=${TOY:-} OUT=runs${TOY:+/toy}/paper few="--batch-size 16 --device cpu"
 if [ -n "${SEEDS:-}" ]; then MORE_SEEDS=; else SEEDS="0 1 2" MORE_SEEDS="3 4"; fi
 ARCHS="vgg11 vgg13 vgg16 vgg19 resnet20 resnet56 resnet18 resnet34 resnet50 vit-tiny vit-small vit-medium vit-base"
 printf -v cifar10 %q "${TOY:-${CIFAR10:-cifar10}}"; printf -v tinyimagenet %q "${TOY:-${TINYIMAGENET:-tinyimagenet}}"
-for name in cifar100 stl10 cifar5m; do printf -v $name %q "${TOY:-$name}"; done; noise=noise
+for name in cifar100 stl10; do printf -v $name %q "${TOY:-$name}"; done; noise=noise
 job() { echo "python $*  # stage $STAGE"; }  # a rehearsal adds ${TOY:+...}: of an option given twice the last counts
 distil() {  # NAME, ARCH, DATA SET, OPTIONS: a student of each seed
     local seed; for seed in $SEEDS; do job distill.py --resume ${TOY:+--out-dim 64} --arch $2 --seed $seed \
         --dataset ${!3} ${*:4} ${TOY:+--n-samples 32 --steps 2 --eval-every 2 $few} --out $OUT/$1-seed$seed; done
 }
-probe() { job probe.py --resume --draws 100 ${*:3} ${TOY:+--draws 2} --dataset ${!2} --json $OUT/$1.json; }  # likewise
+probe() { job probe.py --draws 100 ${*:3} ${TOY:+--draws 2} --dataset ${!2} --json $OUT/$1.json; }  # likewise
 plane() { job landscape.py plane $2 --grid 41 ${TOY:+--grid 3 --n-samples 32 --n-test 16} --resume --out $OUT/$1.npz; }
 near() { case $1 in resnet*) echo 0 ;; *) echo 1e-10 ;; esac; }  # without batch norm ε = 0 is a fixed point
-
 stage1() {
     # Tables 1, 3 and 5: raw pixels, random teachers (ViTs with patches of 8 pixels, too), students
     probe teachers-cifar10 cifar10 --teacher $ARCHS vit-{tiny,small,medium,base}-p8 --seeds $SEEDS
@@ -71,27 +72,24 @@ stage1() {
     for arch in resnet18 vgg11; do for eps in $(near $arch) 0.1 0.5 1.5 4 inf; do
         distil fig3-$arch-eps$eps $arch cifar10 --epochs 150 --init-eps $eps; done; done
     # Fig. 4: n images (50,000 are Table 5's VGG11, more are CIFAR-5M's) or Gaussian noise, for as many steps
-    steps="--epochs 10000 --steps 19600 --init-eps 1e-10" probed="--probe-dataset $cifar10"
+    steps="--steps 19600 --init-eps 1e-10" probed="--probe-dataset $cifar10"
     for n in 500 1000 2000 5000 10000 15000; do distil fig4-n$n vgg11 cifar10 --n-samples $n $steps; done
-    for n in 100000 200000 750000 1000000 5000000; do distil fig4-n$n vgg11 cifar5m $probed --n-samples $n $steps; done
+    for n in $CIFAR5M; do cifar5m=${TOY:-cifar5m-$n}; distil fig4-n$n vgg11 cifar5m $probed $steps; done
     for n in 500 5000 50000 150000; do distil fig4-noise$n vgg11 noise $probed --n-samples $n $steps; done
-    # Fig. 5, 13 to 17: the released code's last layer, its rows not normalised; two ways past the README's plateau
-    for eps in 1e-10 inf; do how="vgg11 cifar10 --init-eps $eps"; distil warmup-vgg11-eps$eps $how --warmup 200
-        how+=" --bottleneck lf/l"; distil raw-vgg11-eps$eps $how; distil raw-lr3e-4-vgg11-eps$eps $how --lr 3e-4; done
-    distil raw-resnet18-eps0 resnet18 cifar10 --bottleneck lf/l --init-eps 0
-    # Fig. 10 (m = 65,536 is the student of Table 1), 11 and 12 (lf/wl is, too; lf/l is above); other losses, optimisers
+    # Fig. 5, 13 to 17: the released code's last layer, its rows not normalised; a way past the README's plateau
+    for eps in 1e-10 inf; do how="vgg11 cifar10 --init-eps $eps --l2-bottleneck lf/l"
+        distil raw-vgg11-eps$eps $how; distil raw-lr3e-4-vgg11-eps$eps $how --lr 3e-4; done
+    distil raw-resnet18-eps0 resnet18 cifar10 --l2-bottleneck lf/l --init-eps 0; distil loss-mse resnet18 cifar10 --loss mse
+    # Fig. 10 (m = 65,536 is the student of Table 1), 11 and 12 (lf/wl is, too; lf/l is above)
     for m in 1 4 16 64 256 1024 4096 16384; do distil fig10-m$m resnet18 cifar10 --out-dim $m; done
     for norm in instance group layer none; do distil fig11-$norm resnet18 cifar10 --norm $norm --init-eps 1e-10; done
-    for parts in l/wl l/l f/wl lf/; do distil fig12-${parts/\//-} resnet18 cifar10 --bottleneck $parts; done
-    distil loss-mse resnet18 cifar10 --loss mse; distil optimizer-sgd resnet18 cifar10 --optimizer sgd --lr 1
+    for parts in l/wl l/l f/wl lf/; do distil fig12-${parts/\//-} resnet18 cifar10 --l2-bottleneck $parts; done
 }
-
-stage2() {  # with the students of stage 1
-    # Tables 2 and 4: transfer
+stage2() {  # with the students of stage 1. First Tables 2 and 4: transfer
     for arch in resnet18 vgg11; do for dataset in cifar10 cifar100 stl10; do
         probe transfer-$dataset-$arch $dataset $(printf "$OUT/tinyimagenet-$arch-seed%s/best.pt " $SEEDS); done; done
     # Fig. 8: 25 trainings of 160 epochs a curve. Fig. 9: ten copies and 20 lines
-    for seed in $SEEDS $MORE_SEEDS; do for start in "" "--init random --rewind-epoch "{0,1,2,5}; do
+    for seed in $SEEDS $MORE_SEEDS; do for start in "" "--init teacher --rewind-epoch "{0,1,2,5}; do
         job prune.py $OUT/cifar10-resnet18-seed$seed --resume $start --dataset $cifar10 \
             ${TOY:+--rounds 1 --rate 0.5 --epochs 6 --n-samples 16 $few}; done; done
     for seed in $SEEDS; do job landscape.py connect $OUT/cifar10-resnet18-seed$seed/best.pt --resume --dataset $cifar10 \
@@ -106,75 +104,78 @@ stage2() {  # with the students of stage 1
     for arch in resnet18 vgg11; do for seed in $SEEDS; do SEEDS=$seed distil fig18-$arch $arch cifar10 \
         --init-eps $(near $arch) --teacher $OUT/cifar10-$arch-seed$seed; done; done
 }
-
 mini() {  # what two CPU cores can do
     OUT=${OUT/paper/mini} how="--out-dim 1024 --batch-size 128 --steps 1600 --eval-every 1600"
     for eps in 0 0.1 0.5 1.5 4 inf; do distil fig3-eps$eps resnet20 cifar10 $how --n-samples 10000 --init-eps $eps; done
     distil transfer resnet20 tinyimagenet $how --probe-dataset $cifar10
     SEEDS=0 distil resnet20 resnet20 cifar10 --out-dim 1024 --epochs 6 --eval-every 588
     how+=" --n-samples 10000 --eval-every 800 --log-every 40 --amp off --init-eps 1e-10"
-    for start in "warmup 0" "warmup 200" "lr 3e-4"; do for parts in lf/wl lf/l; do  # the README's plateau
-        SEEDS=0 distil plateau-${parts/\//-}-${start/ /} vgg11 cifar10 $how --bottleneck $parts --$start; done; done
+    for lr in 1e-3 3e-4; do for parts in lf/wl lf/l; do  # the README's plateau
+        SEEDS=0 distil plateau-${parts/\//-}-lr$lr vgg11 cifar10 $how --l2-bottleneck $parts --lr $lr; done; done
 }
-
 list() (  # [1 | 2 | mini]; in a shell of its own, for its variables and -f: no word of a command is a pattern
     set -f; case ${1:-} in "") list 1; list 2 ;; 1 | 2) STAGE=$1 stage$1 ;; mini) STAGE=1 mini ;;
         *) fail "list knows the stages 1 and 2, and mini" 2 ;; esac)
-
-fetch() {  # DATA SETS: each is loaded once, before jobs do so side by side
-    [ -n "$TOY" ] || "$PY" -c 'import os, sys, distill; sys.argv[0], mirror = "run_all.sh", os.getenv("DATA_MIRROR")
-distill.run_cli(lambda: [distill.load_data(name, mirror=mirror) for name in sys.argv[1:]])' "$@"; }
-data() {  # cifar10 itself in any case: cifar5m begins with it
-    [ -n "$TOY" ] || compgen -G "data/cifar5m/*.npz" >/dev/null || fail "five sizes of Fig. 4 need CIFAR-5M: put its \
-.npz files into data/cifar5m/ by hand (https://github.com/preetum/cifar5m), or run the other lines of \`list\` yourself"
-    fetch cifar10 "${CIFAR10:-cifar10}" cifar100 stl10 "${TINYIMAGENET:-tinyimagenet}"
+made() { [ -e "data/$1.npz" ] || "$PY" "datasets/$2.py" "${@:3}"; }  # NAME, SCRIPT, ARGS: the data set NAME is there
+fetch() {  # DATA SETS: each is there before jobs load it side by side
+    case " $* " in *" tinyimagenet "*) made tinyimagenet tinyimagenet ;; esac
+    "$PY" -c 'import sys, distill; [distill.load_data(name) for name in sys.argv[1:]]' "$@"
+}
+data() {
+    [ -z "$TOY" ] || return 0; local n
+    compgen -G "data/cifar5m*/*.npz" >/dev/null || fail "five sizes of Fig. 4 need CIFAR-5M: put its .npz files into \
+data/cifar5m/ by hand (https://github.com/preetum/cifar5m), or run the other lines of \`list\` yourself"
+    fetch "${CIFAR10:-cifar10}" cifar100 stl10 "${TINYIMAGENET:-tinyimagenet}"
+    for n in $CIFAR5M; do made cifar5m-$n cifar5m $n; done
 }
 gpu() {  # there is one, or none is needed
     [ -n "$TOY" ] || [ "${ON_CPU:-}" = 1 ] || "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-        fail "no GPU. On two CPU cores a ResNet18's step with 256 images takes 1.4 s (measured, bf16): 8 hours for a
-distillation of 19,600 steps, 13 days for a curve of Fig. 8. The $(list | wc -l) jobs, $(list 2 | grep -c prune) such
-curves among them, take months (all seeds: over a year) and 170 GB for checkpoints. A CPU can do \`bash run_all.sh
-quick\` (minutes) and \`mini\` (hours); \`ON_CPU=1 bash run_all.sh\` starts all the same"
+        fail "no GPU. On two CPU cores a ResNet18's distillation takes 8 hours, a curve of Fig. 8 13 days (measured, bf16),
+the $(list | wc -l) jobs over a year, and 170 GB for checkpoints. A CPU can do \`bash run_all.sh quick\` (minutes) and \`mini\`
+(hours); \`ON_CPU=1 bash run_all.sh\` starts all the same"
 }
-
-run_job() {  # LINE: one job on one GPU, its output in a file; what fails is noted and the others go on
-    local gpus=($GPUS) name=${1%  #*} log
-    name=${name##*--out } name=${name##*--json } name=${name//[^a-zA-Z0-9.-]/_} log=$LOGS/${name::200}.log
-    export CUDA_VISIBLE_DEVICES=${gpus[SLOT % ${#gpus[@]}]}
-    if bash -c "${1/#python/$PY}" >>"$log" 2>&1; then echo "done    $name"
-    else echo "$1" >>"$LOGS/failed"; echo "FAILED  $name: $(tail -n 1 "$log")"; fi
+run_job() {  # LINE, SLOT: one job on one GPU, its output in a file; one that ends well is noted in $LOGS/done
+    local gpus=($GPUS) out=${1%  #*} word log; out=${out##*--out }; out=${out##*--json }; log=${out//[^a-zA-Z0-9.-]/_}
+    export CUDA_VISIBLE_DEVICES=${gpus[$2 % ${#gpus[@]}]}
+    # probe.py measures and writes: not again, unless the job or one of its runs has changed
+    for word in $1; do [[ $out != *.json || ! $word -nt $out ]] || rm -f "$out"; done
+    if [[ $out == *.json ]] && ! grep -qsxF -- "$1" $LOGS/probed; then rm -f "$out"; fi
+    if [[ $out == *.json && -e $out ]] || bash -c "${1/#python/$PY}" >>"$LOGS/$log.log" 2>&1; then
+        echo "$1" | tee -a $LOGS/probed >>$LOGS/done; echo "done    $log"
+    else echo "FAILED  $log: $(tail -n 1 "$LOGS/$log.log")"; fi
 }
-run() {  # STAGES: all their jobs, as many at once as there are GPUs; the report; what failed
-    xargs --version >/dev/null 2>&1 || fail "GNU xargs is missing; without it, run the lines of \`run_all.sh list\`"
+run() {  # STAGES: all their jobs, as many at once as there are GPUs; the report; what did not end well, or was killed
+    local stage line slot pids=()
     GPUS=${CUDA_VISIBLE_DEVICES:-$("$PY" -c 'import torch; print(*range(torch.cuda.device_count()) or [-1])')}  # -1: no
-    export PY LOGS=runs/logs SLOT=0 GPUS=${GPUS//,/ } JOBS=${JOBS:-$(wc -w <<<"${GPUS//,/ }")}; mkdir -p $LOGS
-    rm -f $LOGS/failed; for stage in "$@"; do [ ! -e $LOGS/failed ] || break  # stage 2 wants all students of stage 1
-        echo "$(list "$stage" | wc -l) jobs of stage $stage, $JOBS at once; their output: $LOGS/"
-        list "$stage" | xargs -d '\n' -n 1 -P "$JOBS" --process-slot-var=SLOT bash run_all.sh job; done
+    LOGS=runs/logs GPUS=${GPUS//,/ } JOBS=${JOBS:-$(wc -w <<<"${GPUS//,/ }")}; mkdir -p $LOGS; : >$LOGS/failed
+    for stage in "$@"; do [ ! -s $LOGS/failed ] || break  # stage 2 wants all students of stage 1
+        echo "$(list "$stage" | wc -l) jobs of stage $stage, $JOBS at once; their output: $LOGS/"; : >$LOGS/done
+        while IFS= read -r line; do for ((slot = 0; ; slot++)); do  # the first whose job has ended, or was never begun
+            if [ $slot -eq "$JOBS" ]; then wait -n || true; slot=0; fi
+            kill -0 "${pids[slot]:-x}" 2>/dev/null || break; done
+            run_job "$line" $slot </dev/null & pids[slot]=$!; done < <(list "$stage"); wait
+        list "$stage" | grep -vxFf $LOGS/done >$LOGS/failed || true; done
     (report) || echo "${TOY:+TOY=$TOY }bash run_all.sh report" >>$LOGS/failed
-    [ ! -e $LOGS/failed ] || fail "$(wc -l <$LOGS/failed) jobs failed; run this again, or one by one: $LOGS/failed"
+    [ ! -s $LOGS/failed ] || fail "$(wc -l <$LOGS/failed) jobs did not end well; run this again, or them: $LOGS/failed"
 }
-
-plot() { [ $# -lt 4 ] || "$PY" $1 plot --figure $figures/$2.png $3 "${@:4}" || true; }  # SCRIPT, NAME, OPTIONS, FILES
+plot() { [ $# -lt 4 ] || "$PY" $1 plot --figure $figures/$3.png $2 "${@:4}" || true; }  # SCRIPT, OPTIONS, NAME, FILES
 report() {  # [DIR with paper/ or mini/ in it]; a picture that cannot be drawn says why and stops no other
-    local root=${1:-runs${TOY:+/toy}} to=${TOY:+runs/toy/} figures=${TOY:+runs/toy/}figures/report plane
+    local root=${1:-runs${TOY:+/toy}} to=${TOY:+runs/toy/} file range; local figures=${to}figures/report
     [ -d "$root/paper" ] || [ -d "$root/mini" ] || fail "$root holds neither paper/ nor mini/: run jobs of \`list\`"
     rm -f $figures/*.png; shopt -s nullglob  # what another report has left; no file, no word
     set -- "$root"/paper/cifar10-resnet18-seed*/prune-*/config.json
-    plot prune.py fig8 "" "${@%/config.json}"
-    plot landscape.py fig9 "" "$root"/paper/*/connect/connect.npz
-    plot landscape.py fig5 "--kl-range 1e-7 1e-3 --accuracy-range 10 50" "$root"/paper/fig5-*.npz  # the paper's colours
-    for plane in "$root"/paper/fig1[3-6]-*.npz; do
-        plot landscape.py "$(basename "$plane" .npz)" "--kl-range 1e-6 1" "$plane"; done
+    plot prune.py "" fig8 "${@%/config.json}"
+    for file in "$root"/paper/*/connect/connect.npz; do
+        file=${file%/connect/*}; plot landscape.py "" fig9-${file##*-} $file/connect/connect.npz; done
+    for file in "$root"/paper/fig{5,13,14,15,16}-*.npz; do range="1e-6 1"; case $file in *fig5*) range="1e-7 1e-3" ;; esac
+        plot landscape.py "--kl-range $range --accuracy-range 10 50" "$(basename "$file" .npz)" "$file"; done  # the paper's
     "$PY" -m results.report "$root" --out ${to:-results/}REPORT.md --figures $figures
 }
-
 case ${1:-full} in
     full)   environment; gpu; data; run 1 2 ;;
     mini)   environment; fetch "${CIFAR10:-cifar10}" "${TINYIMAGENET:-tinyimagenet}"; run mini ;;
     quick | data | report) environment; "$@" ;;
     test)   environment; "$PY" -m pytest -q test_smoke.py "${@:2}" ;;
     list)   "$@" ;;
-    job)    run_job "$2" ;;
-    *)      sed -n '2,13s/^# \{0,1\}//p' run_all.sh >&2; exit 2 ;;
+    *)      sed -n '2,12s/^# \{0,1\}//p' run_all.sh >&2; exit 2 ;;
 esac

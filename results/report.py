@@ -8,17 +8,16 @@ called; here they are joined, judged and drawn. Directories have the names that 
 gives them, such as paper/fig10-m256-seed0. Read are run.json and log.csv of distill.py, the .json
 files of probe.py, config.json and log.csv of prune.py, and landscape.py's .npz; never a checkpoint.
 """
-import csv, os, re
+import csv, json, os, re
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
 
-from distill import (
-    PROBES, Problem, make_parser, new_figure, read_json, run_cli, save_figure, write_text)
+from distill import Problem, new_parser, save
 from landscape import barrier, read_npz
-from probe import mean_std
+from probe import PROBES, check_repeats, mean_std
 
 PAGE = """\
 # Report
@@ -80,8 +79,7 @@ and its text says 8-pixel patches where its parameter counts need 16. Here are o
 
 Fig. 13 to 16 (encoders alone) have no rule: see the pictures. A switch has no figure: raw is the
 released code's last layer, whose rows are not normalised; raw-lr3e-4 has that and a learning rate
-of 3e-4 in place of 1e-3; warmup has one that rises to 1e-3 over the first 200 steps; loss-mse takes
-the MSE of the logits in place of the KL, and optimizer-sgd SGD in place of AdamW.
+of 3e-4 in place of 1e-3; loss-mse takes the MSE of the logits in place of the KL.
 
 |  | the paper shows, by this rule | ours | verdict | made |
 | --- | --- | --- | --- | --- |
@@ -112,6 +110,13 @@ FILES = ("paper/*/run.json", "mini/*/run.json", "paper/*/prune-*/config.json",
          "paper/*/connect/connect.npz", "paper/fig5-shared.npz")
 
 
+def read_json(file):
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise Problem(f"{file} is truncated or not ours ({error}): remove it or make it again")
+
+
 def read_result(file):
     """(settings with log or arrays, how much remains to do) of one of these files."""
     if file.suffix == ".npz":
@@ -135,21 +140,28 @@ SEED_IN_NAME = r"( \S*/\S*)?[- ]seed ?\d+(/best.pt)?"  # with the path that prob
 
 
 def read_results(root):
-    """({name without its seed: {seed: result}}, [what is not finished])."""
-    results, unfinished = defaultdict(dict), []
+    """({name without its seed: {seed: result}}, [what is not finished]). Raises Problem where one
+    name has runs that do not repeat one experiment.
+    """
+    results, configs, unfinished = defaultdict(dict), defaultdict(dict), []
     for file in sorted(root.glob("paper/*.json")):
         for name, probes in read_json(file).items():
             results[f"{file.name}: {re.sub(SEED_IN_NAME, '', name)}"][name] = probes | {
-                "end": probes, "best": probes | {"linear_paper": probes["linear_paper_max"]}}
+                "end": probes | {"linear_paper": probes["linear_paper_mean"]},
+                "best": probes | {"linear_paper": probes["linear_paper_max"]}}
     for pattern in FILES:
         for file in sorted(root.glob(pattern)):
             name = re.sub(r"^paper/|/\w+\.json$|\.npz$", "", os.path.relpath(file, root))
             result, remaining = read_result(file)
             if remaining:
                 unfinished.append(f"{name} ({remaining:,.0f} to go)")
+            if file.suffix == ".json":
+                configs[re.sub(SEED_IN_NAME, "", name)][name] = read_json(file)
             if not remaining or "best" in result:
                 results[re.sub(SEED_IN_NAME, "", name)][result.get("seed")] = result | {
                     "remaining": remaining}
+    for group in configs.values():
+        check_repeats(group)
     return results, unfinished
 
 
@@ -159,13 +171,13 @@ def values(group, when="best", column="linear_paper"):
 
 
 def curve(group, column, x="epoch"):
-    """{x: [the column's value in each run]} from the runs' log.csv."""
+    """{x: [the column's value in each run]} from the runs' log.csv, where all runs have one."""
     points = defaultdict(list)
     for run in group:
         for row in run["rows"]:
             if column in row:
                 points[row[x]].append(row[column])
-    return points
+    return {position: found for position, found in points.items() if len(found) == len(group)}
 
 
 # ---- Numbers beside the paper's ------------------------------------------------------------------
@@ -201,7 +213,8 @@ ORIGIN = {  # what a note says of a result that has such a setting
     "remaining": " ({remaining:,.0f} to go)",
     "n_probes": ", {n_probes} probes",
     "draws": ", {draws} draws",
-    "torch": ", amp {amp}; {hardware}, torch {torch}, commit {commit}",
+    "provenance": ", amp {amp}; {provenance[hardware]}, torch {provenance[torch]}, "
+                  "commit {provenance[commit]}",
 }
 
 
@@ -212,10 +225,7 @@ def origin(about):
 
 def cite(group, notes):
     """[1, 2] for how these results were made; `notes` is {text: number}, and grows."""
-    return str(sorted({
-        notes.setdefault(origin(result | machine), len(notes) + 1) for result in group
-        for machine in np.ravel(result.get("made", result))  # a run may have gone on elsewhere
-    }) or "")
+    return str(sorted({notes.setdefault(origin(result), len(notes) + 1) for result in group}) or "")
 
 
 # ---- Claims of figures that have no numbers ------------------------------------------------------
@@ -254,7 +264,7 @@ def asymmetric_valley(planes):
 
 
 def student_is_a_ticket(*groups):
-    """Under 60 % of weights the student beats random init ℓ = 0; it is within 0.5 of ℓ = 1 or 2."""
+    """Under 60 % of weights the student beats its teacher, ℓ = 0; it is within 0.5 of 1 or 2."""
     curves = [curve(group, "best_accuracy", "weights_left") for group in groups]
     levels = [left for left in set.intersection(*map(set, curves)) if left < 60]
     if not levels:
@@ -262,14 +272,14 @@ def student_is_a_ticket(*groups):
     student, *random = np.array([[mean(scores[left]) for left in levels] for scores in curves])
     ahead, *differences = student - random  # of ℓ = 0, and of the others
     nearer = max(np.minimum(*np.abs(differences)))
-    return (f"student minus random init ℓ = 0: {min(ahead):+.2f} to {max(ahead):+.2f} points; at "
+    return (f"student minus teacher, ℓ = 0: {min(ahead):+.2f} to {max(ahead):+.2f} points; at "
             f"most {nearer:.2f} from the nearer of ℓ = 1 and 2", min(ahead) > 0 and nearer <= 0.5)
 
 
 def students_share_a_basin(lines):
-    """The barrier between fine-tuned students is less than half of that between random inits."""
+    """The barrier between fine-tuned students is less than half of that between random teachers."""
     student, random = np.hstack([barrier(line["error"]) for line in lines]).mean(axis=1)
-    return (f"barrier {student:.2f} points between students, {random:.2f} between random inits",
+    return (f"barrier {student:.2f} points between students, {random:.2f} between teachers",
             student < random / 2)
 
 
@@ -297,7 +307,7 @@ def feature_norm_matters(*groups):
 def kl_peaks_early(student):
     """The KL peaks in the first tenth, then halves; the distance from init ends at 10 to 40."""
     distance = mean(values(student, "end", "distance"))
-    kl = {epoch: mean(numbers) for epoch, numbers in curve(student, "kl").items()}
+    kl = {epoch: mean(numbers) for epoch, numbers in curve(student, "loss").items()}
     peak, end = max(kl, key=kl.get), max(kl)
     return (f"highest KL {kl[peak]:.1e} at {peak / end:.0%} of the run, {kl[end]:.1e} at its end; "
             f"distance {distance:.1f}",
@@ -306,7 +316,7 @@ def kl_peaks_early(student):
 
 def second_round_adds_nothing(*rounds):
     """The probe stays within 2 points, and the KL ends below a tenth of the first round's."""
-    (first, second), (first_kl, second_kl) = means(rounds, "end"), means(rounds, "end", "kl")
+    (first, second), (first_kl, second_kl) = means(rounds, "end"), means(rounds, "end", "loss")
     return (f"probe {second - first:+.2f} points; "
             f"KL at the end {first_kl:.1e}, then {second_kl:.1e}",
             abs(second - first) <= 2 and second_kl < first_kl / 10)
@@ -341,10 +351,10 @@ FIGURES = (  # file; how its runs are named, without their x if it is in the nam
     ("mini-fig3.png", "mini/fig3-eps", "locality α"),
     ("mini-fig17-plateau.png", "mini/plateau-[^/]*$", "epoch (log)"),
 )
-CURVES = {"linear_paper": "linear (paper)", "kl": "KL (nats, log)", "distance": "distance ‖θ−θ₀‖"}
+CURVES = {"linear_paper": "linear (paper)", "loss": "KL (nats, log)", "distance": "distance ‖θ−θ₀‖"}
 
 
-def draw(results, folder, figure, names, x):
+def draw_figure(results, folder, figure, names, x):
     """Draw one of FIGURES in three panels, unless it has no runs."""
     lines = defaultdict(dict)
     for name, group in results.items():
@@ -354,14 +364,15 @@ def draw(results, folder, figure, names, x):
             lines[match[1]][1 - 1 / (1 + number) if "α" in x else number] = group.values()
     if not lines:
         return
-    picture, axes = new_figure(1, 3, figsize=(13, 3.6), sharex=True)
+    from matplotlib import pyplot  # here, so that the numbers come out without it
+    picture, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), sharex=True, layout="constrained")
     picture.suptitle("probes: test accuracy in %")
     columns = CURVES if x.startswith("epoch") else PROBES
     scores = [""] if "epoch" in x else ["best", "teacher"]
     for axis, y in zip(axes, columns):
         for label, groups in lines.items():
             for when in scores:
-                points = curve(groups[0], y) if "epoch" in x else {
+                points = curve([*groups[0]], y) if "epoch" in x else {
                     position: values(group, when, y) for position, group in groups.items()}
                 if "log" in x:
                     points.pop(0, None)  # a logarithm has no place for it
@@ -369,22 +380,23 @@ def draw(results, folder, figure, names, x):
                 line, *_ = axis.errorbar(
                     positions, [*map(mean, numbers)], [*map(deviation, numbers)],
                     label=f"{label} {when}", marker=".")
-                if y == "kl":
+                if y == "loss":
                     constant = [*groups[0]][0].get("constant_student_kl", np.nan)
                     axis.axhline(constant, color=line.get_color(), linestyle="dotted")
         axis.set(xlabel=x, ylabel=columns[y], xscale="log" if "log" in x else "linear",
                  yscale="log" if "log" in columns[y] else "linear")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the panels: it hides nothing
-    save_figure(picture, folder / figure)
+    save(folder / figure, lambda temporary: picture.savefig(temporary, dpi=150))
 
 
 # ---- Main ----------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser, add = make_parser(__doc__)
-    add("root", "directory with paper/ and mini/ in it", "runs", nargs="?", type=Path)
-    add("--out", "the page", "results/REPORT.md", type=Path)
-    add("--figures", "directory of the pictures", "figures/report", type=Path)
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("root", default="runs", nargs="?", type=Path, help="directory with paper/ and mini/ in it")
+    add("--out", default="results/REPORT.md", type=Path, help="the page")
+    add("--figures", default="figures/report", type=Path, help="directory of the pictures")
     args = parser.parse_args(argv)
     results, unfinished = read_results(args.root)
     if not results and not unfinished:
@@ -433,14 +445,15 @@ def main(argv=None):
     sections["unfinished"] = ", ".join(unfinished) or "none"
     try:
         for figure in FIGURES:
-            draw(results, args.figures, *figure)
+            draw_figure(results, args.figures, *figure)
     finally:  # the numbers come out without matplotlib, too
         for file in sorted(args.figures.glob("*.png")):
             sections["pictures"] += (
                 f"**{file.stem}**\n\n![{file.stem}]({os.path.relpath(file, args.out.parent)})\n\n")
-        write_text(args.out, PAGE.format(args=args, summary=summary, sections=sections))
+        page = PAGE.format(args=args, summary=summary, sections=sections)
+        save(args.out, lambda temporary: temporary.write_text(page))
     print(f"{args.out}: {summary}")
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    main()

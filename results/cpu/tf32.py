@@ -37,4 +37,4 @@ def forward(self, x):
 
 
 torch.nn.Conv2d.forward = forward
-distill.run_cli(distill.main)
+distill.main()

@@ -1,4 +1,4 @@
-"""The script that made timing.txt and the kernels' times of the lab book's section 12, as it ran:
+"""The script that made timing.txt and the kernels' times of the lab book's section 12, as it ran at commit dbdfc71:
 
     PYTHONPATH=. python results/gpu/timing.py auto DIR_FOR_PROFILES
 """
