@@ -268,8 +268,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.runs) == bool(args.teacher) or args.teacher and not args.dataset:
         parser.error("name one or more run directories, or --teacher ARCH --dataset DATA")
-    if args.figure and not args.runs:
-        parser.error("--figure draws runs: name one or more run directories")
+    if args.figure and (args.dataset or not args.runs):
+        parser.error("--figure draws the logs of runs: name some, and no other --dataset")
     if args.json and (args.json.suffix != ".json" or args.json.exists()):
         parser.error("--json wants a name that ends in .json, of a file that is not there yet")
     return args
@@ -321,15 +321,12 @@ def main(argv=None):
         check_repeats(group)
 
     # The data that they have in common
-    logged = {config["probe_dataset"] or config["dataset"] for config in configs.values()}
-    datasets = {args.dataset} if args.dataset else logged
-    sizes = {config["image_size"] for config in configs.values()} or {32}
-    if len(datasets) > 1 or len(sizes) > 1:
-        raise Problem(f"these runs use data of different kinds or sizes, {datasets} and {sizes}: "
-                      "probe them apart, or name one kind with --dataset")
-    (dataset,), (image_size,) = datasets, sizes
-    if args.figure and logged != {dataset}:
-        raise Problem(f"--figure draws what the runs' logs hold, and that is not of {dataset}")
+    wanted = {(args.dataset or config["probe_dataset"] or config["dataset"], config["image_size"])
+              for config in configs.values()} or {(args.dataset, 32)}
+    if len(wanted) > 1:
+        raise Problem(f"these runs use data of different kinds or sizes, {wanted}: probe them "
+                      "apart, or name one kind with --dataset")
+    dataset, image_size = wanted.pop()
     data = load_data(dataset, image_size, device=device)
     if len(data.test_y) == 0:
         raise Problem(f"{dataset} has no labels to probe: name a labelled data set with --dataset")
