@@ -633,10 +633,12 @@ def pick_device(name):
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def pick_amp(amp, device, arch, norm="batch"):
-    """Resolve --amp auto: bf16 where the hardware is fast at it, but off without batch norm: VGG11
-    hardly learned in bf16 (results/README.md).
+def pick_amp(amp, device, arch, norm="batch", checkpoint=None):
+    """Resolve --amp auto: what a run to go on with has; else bf16 where the hardware is fast at it,
+    but off without batch norm: VGG11 hardly learned in bf16 (results/README.md).
     """
+    if checkpoint and amp == "auto":
+        return checkpoint["config"]["amp"]
     fast = re.search("amx_bf16|avx512_bf16", CPUINFO)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -649,7 +651,9 @@ def provenance(device):
     hardware = f"{os.cpu_count()} cores of {re.search('model name.*: (.*)|$', CPUINFO)[1] or '?'}"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name()
-    git = f"git -C '{Path(__file__).parent}' describe --always --dirty --exclude='*' 2>/dev/null"
+    # of this repository, not of one in which this code merely lies
+    git = (f"cd '{Path(__file__).parent}' && git ls-files --error-unmatch distill.py >/dev/null "
+           "2>&1 && git describe --always --dirty --exclude='*'")
     return {"hardware": hardware, "torch": str(torch.__version__),
             "commit": subprocess.getoutput(git)}
 
@@ -682,6 +686,8 @@ def caught_signals():
 
 def new_parser(doc, prog=None):
     """An argument parser that shows the beginning of a docstring and the default of each option."""
+    with suppress(AttributeError):  # of a notebook
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ε shows a question mark
     return argparse.ArgumentParser(prog, description=doc.partition("\n\n")[0],
                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
@@ -759,8 +765,8 @@ def constant_student_kl(teacher_logits):
 
 
 def save_run(out, config, log, state):
-    """Write last.pt, run.json and, if the log's last row has the best probe, best.pt: the student
-    that Fig. 9 starts from and that our Tables 2 and 4 take.
+    """Write last.pt and, if the log's last row has the best probe, best.pt: the student that Fig. 9
+    starts from and that our Tables 2 and 4 take.
     """
     content = {name: part.state_dict() for name, part in state.items()}
     content |= {"format": "distill.py 4", "config": config, "step": log[-1]["step"], "log": log}
@@ -768,13 +774,28 @@ def save_run(out, config, log, state):
     if log[-1] is max(probed, key=lambda row: row["linear_paper"], default=None):
         save(out / "best.pt", {**content, "optimizer": None})
     save(out / "last.pt", content)
-    save(out / "run.json", config)
 
 
 def show(row):
     """Print a row of the log: the KL in nats, the distance from the start, the probes in %."""
     say(", ".join(f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}"
                   for name, value in row.items()))
+
+
+def networks_at_start(args, checkpoint):
+    """(teacher, student) before the first step, also where a run goes on: distances are from there.
+
+    2s and 2s + 1: so no two runs share a network that should be independent.
+    """
+    settings = {name: getattr(args, name) for name in NETWORK_SETTINGS}
+    teacher = random_network(2 * args.seed, **settings)
+    if checkpoint:
+        teacher, *_ = load_checkpoint(args.out)
+    elif args.teacher:
+        _, teacher, first_round = load_checkpoint(args.teacher)
+        check_same(args.teacher, first_round, settings)
+    independent = random_network(2 * args.seed + 1, **settings)
+    return teacher, init_student(teacher, independent, args.init_eps)
 
 
 def main(argv=None):
@@ -787,7 +808,7 @@ def run(args, checkpoint):
     """Prepare, distil, and between the steps log, probe and save."""
     from probe import evaluate  # here, because probe.py imports this file
     device = pick_device(args.device)
-    args.amp = pick_amp(args.amp, device, args.arch, args.norm)
+    args.amp = pick_amp(args.amp, device, args.arch, args.norm, checkpoint)
 
     # Data. The student sees `images` alone; labels are for the probes, and for --n-samples, which
     # keeps the classes' shares
@@ -802,18 +823,14 @@ def run(args, checkpoint):
     config = to_config(args) | {
         "n_images": len(images), "total_steps": steps, "provenance": provenance(device),
         "data_checksum": checksum([data, probe_data])}
-
-    # Networks. 2s and 2s + 1: no two runs share a network that should be independent
-    settings = {name: config[name] for name in NETWORK_SETTINGS}
-    teacher = random_network(2 * args.seed, **settings)
     if checkpoint:
         check_same(args.out, checkpoint["config"], config)
-        teacher, *_ = load_checkpoint(args.out)
-    elif args.teacher:
-        _, teacher, first_round = load_checkpoint(args.teacher)
-        check_same(args.teacher, first_round, settings)
-    student = init_student(teacher, random_network(2 * args.seed + 1, **settings), args.init_eps)
-    teacher, student = teacher.to(device), student.to(device)
+        save(args.out / "log.csv", checkpoint["log"])  # a kill may have come before it
+        if checkpoint["step"] >= steps:
+            return say(f"{args.out}: all {steps:,} steps are done; for more: --steps or --epochs")
+
+    # Networks, and what trains the student
+    teacher, student = (network.to(device) for network in networks_at_start(args, checkpoint))
     parameters_0 = [p.detach().clone() for p in student.parameters()]
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0, fused=True)
     state = {"teacher": teacher, "student": student, "optimizer": optimizer}
@@ -825,8 +842,9 @@ def run(args, checkpoint):
         teacher, student, images, optimizer, divergence=LOSSES[args.loss], amp=args.amp,
         batch_size=args.batch_size, seed=args.seed, steps=steps,
         first_step=checkpoint.get("step", 0))
-    some = teacher_vectors(teacher, images[::math.ceil(len(images) / 1000)], channel_stats(images))
-    config["constant_student_kl"] = constant_student_kl(teacher.last_layer(some))
+    vectors = teacher_vectors(teacher, images[::math.ceil(len(images) / 1000)],
+                              channel_stats(images))
+    config["constant_student_kl"] = constant_student_kl(teacher.last_layer(vectors))
     say(f"a student with the same answer for every image would have a KL of "
         f"{config['constant_student_kl']:.2e} nats")
 
@@ -840,7 +858,8 @@ def run(args, checkpoint):
         show({"teacher": args.teacher or "random", **config["teacher_probes"]})
         log[0] |= evaluate(student.encoder, probe_data)
         save_run(args.out, config, log, state)
-    save(args.out / "log.csv", log)
+        save(args.out / "log.csv", log)
+    save(args.out / "run.json", config)
     show(log[-1])
 
     # Train, and between the steps log, probe and save
@@ -873,7 +892,6 @@ def run(args, checkpoint):
                 say(f"stopped after step {step:,}: the same command with --resume goes on")
                 sys.exit(128 + signals[0])
             losses, n_seen, clock = [], 0, time.time()
-    say(f"{args.out}: all {steps:,} steps are done; for more, raise --steps or --epochs")
 
 
 if __name__ == "__main__":

@@ -344,7 +344,7 @@ def connect(argv):
 def fine_tune_and_connect(args, checkpoint):
     device = pick_device(args.device)
     teacher, student, distilled = load_checkpoint(args.run)
-    fill_in(args, device, distilled)
+    fill_in(args, device, distilled, checkpoint)
     images, labels, test_x, test_y, n_classes, data_config = load_shuffled(args, distilled,
                                                                      args.n_samples, device)
     stats, config = channel_stats(images), to_config(args) | data_config
