@@ -51,7 +51,9 @@ def normalise(images, stats):
 # ---- Encoders: images (B, 3, s, s) -> embeddings (B, r) (Table 5, App. E) ------------------------
 
 def cifar_resnet(n_blocks, norm_layer):
-    """He et al. 2016, §4.2: three stages of 16-32-64 channels, `n_blocks` basic blocks each."""
+    """He et al. 2016, §4.2, but with convolutions as shortcuts: three stages of 16-32-64 channels,
+    `n_blocks` basic blocks each.
+    """
     width, layers = 16, [conv3x3(3, 16), norm_layer(16), nn.ReLU(inplace=True)]
     for channels in (16, 32, 64):
         for block in range(n_blocks):
@@ -163,7 +165,7 @@ class L2Linear(nn.Module):
 
 
 class Network(nn.Module):
-    """Encoder (B, r), projector to unit vectors (B, 256), last layer to m = `out_dim` logits.
+    """Encoder (B, r), projector to vectors (B, 256), last layer to m = `out_dim` logits.
 
     With lf/wl a logit is the cosine of two vectors of 256 numbers, the image's and one of m rows:
     about ±1/√256 = 1/16 in a random network, at most 1. So two networks' logits differ by at most
@@ -215,7 +217,7 @@ def init_student(teacher, independent, eps):
     ε = 0 copies the teacher, ε = inf keeps θ̃; the paper's locality α is ε/(1+ε). The root keeps
     the variance of the weights. Every parameter moves, as in the released code: norm weights, 1 in
     both networks, become (1+ε)/√(1+ε²), at most √2. Buffers (batch-norm statistics) stay fresh.
-    Without batch norm ε = 0 is a fixed point: teacher and student agree, so the gradient is 0. The
+    Without batch norm ε = 0 is a fixed point: student and teacher agree, so the gradient is 0. The
     paper's "α ≈ 0", ε = 1e-10, is below float32's resolution but for the smallest weights, of which
     it changes the last bits: enough to leave it.
     """
@@ -362,7 +364,7 @@ NETWORK_SETTINGS = ("arch", "out_dim", "image_size", "norm", "l2_bottleneck")
 def load_checkpoint(path):
     """(teacher, student, config) of a run directory or .pt file: Networks on the CPU, in eval mode
     and frozen, so that embed(student.encoder, images) are its features; and the run's settings:
-    options, n_images, total_steps and `step`, how far it is. Raises Problem.
+    options, n_images, total_steps and `step`, the number of steps made. Raises Problem.
     """
     checkpoint = read_checkpoint(Path(path))
     config = {**checkpoint["config"], "step": checkpoint["step"]}
@@ -400,7 +402,7 @@ def read_checkpoint(path, script="distill.py"):
         damaged = True
     if damaged or checkpoint["format"] != f"{script} 4":
         raise Problem(f"{path} is truncated, damaged or no checkpoint of this {script}: name "
-                      f"another, or run {script} again")
+                      f"another, or delete it and run {script} again")
     return checkpoint
 
 
@@ -462,7 +464,7 @@ MAY_CHANGE = {"epochs", "steps", "total_steps", "log_every", "eval_every", "resu
 
 
 def check_same(path, theirs, ours, ignored=MAY_CHANGE):
-    """Raise Problem, with its name, if a setting in `ours` is another in `theirs`, of `path`."""
+    """Raise Problem, which names it, if a setting in `ours` is not that in `theirs`, of `path`."""
     for name in sorted(ours.keys() - ignored):
         if isinstance(ours[name], dict):
             check_same(path, theirs.get(name) or {}, ours[name], ignored)
@@ -515,7 +517,7 @@ def load_data(name, image_size=32, device="cpu", n=None):
 
 
 def stratified_subset(x, y, n):
-    """n of the images x (N, ...) and labels y (N,), each class in its share up to one; None: all.
+    """n of N images x and labels y, from each class its share, rounded; all of them if n is None.
 
     It looks at labels, as the paper's balanced subsets do (Fig. 4). Raises Problem if n exceeds N.
     """
@@ -634,8 +636,8 @@ def pick_device(name):
 
 
 def pick_amp(amp, device, arch, norm="batch", checkpoint=None):
-    """Resolve --amp auto: what a run to go on with has; else bf16 where the hardware is fast at it,
-    but off without batch norm: VGG11 hardly learned in bf16 (results/README.md).
+    """Resolve --amp auto. A run that goes on keeps its own; else bf16 where the hardware is fast
+    at it, but off without batch norm: VGG11 hardly learned in bf16 (results/README.md).
     """
     if checkpoint and amp == "auto":
         return checkpoint["config"]["amp"]
@@ -765,8 +767,8 @@ def constant_student_kl(teacher_logits):
 
 
 def save_run(out, config, log, state):
-    """Write last.pt and, if the log's last row has the best probe, best.pt: the student that Fig. 9
-    starts from and that our Tables 2 and 4 take.
+    """Write last.pt, and best.pt if the log's last row has the highest test accuracy by the paper's
+    probe: Fig. 9 starts from such students, and our Tables 2 and 4 take them.
     """
     content = {name: part.state_dict() for name, part in state.items()}
     content |= {"format": "distill.py 4", "config": config, "step": log[-1]["step"], "log": log}
@@ -785,7 +787,7 @@ def show(row):
 def networks_at_start(args, checkpoint):
     """(teacher, student) before the first step, also where a run goes on: distances are from there.
 
-    2s and 2s + 1: so no two runs share a network that should be independent.
+    Their seeds, 2s and 2s + 1, are no other run's: networks that should be independent are.
     """
     settings = {name: getattr(args, name) for name in NETWORK_SETTINGS}
     teacher = random_network(2 * args.seed, **settings)
