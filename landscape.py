@@ -118,8 +118,8 @@ def load_shuffled(args, distilled, n, device):
 
 
 def save_npz(path, config, arrays):
-    config = json.dumps(config, allow_nan=False)
-    save(path, lambda temporary: np.savez(temporary, config=config, **arrays))
+    text = json.dumps(config, allow_nan=False)
+    save(path, lambda temporary: np.savez(temporary, config=text, **arrays))
 
 
 def read_npz(path):
@@ -449,9 +449,9 @@ def draw_plane(config, arrays, args):
             positive = values[values > 0]  # none where m = 1
             extremes = np.quantile(positive, (0.005, 0.995)) if positive.size else (1e-7, 1e-3)
             scale = colors.LogNorm(*sorted(args.kl_range or extremes), clip=True)
-        mesh = axis.pcolormesh(x, y, values, norm=scale, rasterized=True)
+        mesh = axis.pcolormesh(x, y, values, norm=scale)
         figure.colorbar(mesh, ax=axis, label=label)
-        axis.clabel(axis.contour(x, y, length, 6, colors="white", linewidths=0.8), fontsize=7)
+        axis.clabel(axis.contour(x, y, length, 6, colors="white", linewidths=0.8))
         axis.autoscale(False)  # anchors beyond a crop do not widen it
         for point, name, marker in zip(arrays["points"], arrays["anchors"], "*os"):
             symbol = str(name).replace("*_S", "_S^*").replace("θ", r"\theta")
@@ -471,7 +471,7 @@ def draw_lines(arrays):
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, 2, figsize=(7, 3.6), sharey=True, layout="constrained")
     for axis, title, errors in zip(axes, STARTS, arrays["error"]):
-        axis.plot(arrays["t"], errors.T, color="grey", linewidth=0.8)
+        axis.plot(arrays["t"], errors.T, color="grey")
         axis.plot(arrays["t"], errors.mean(0), linewidth=2.5)
         say(f"{title}: {summary(errors)}")
         axis.set(title=f"{title}\nbarrier {mean_std(barrier(errors))}, {len(errors)} pairs",

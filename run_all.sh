@@ -33,8 +33,7 @@ quick() {  # what is done is skipped, what was interrupted goes on, and a studen
     for run in eps0 epsinf noise; do [ $out/summary.json -nt $out/$run/last.pt ] || rm -f $out/summary.json; done
     [ -e $out/summary.json ] ||
         $PY probe.py $out/{eps0,epsinf,noise} --json $out/summary.json --figure figures/quick.png
-    # Lottery tickets in miniature: the student, its random teacher, and the student under random masks
-    for start in "" "--init teacher" "--control random"; do
+    for start in "" "--init teacher" "--control random"; do  # lottery tickets: student, teacher, student under random masks
         $PY prune.py $out/eps0 --n-samples 1000 --epochs 3 --batch-size 50 --rate 0.65 --rounds 2 --resume $start; done
     $PY prune.py plot $out/eps0 --figure figures/quick_tickets.png
     # The landscape in miniature: a plane through teacher and students, and lines between fine-tuned copies
