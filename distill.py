@@ -648,16 +648,21 @@ def pick_amp(amp, device, arch, norm="batch", checkpoint=None):
     return auto if amp == "auto" else amp
 
 
-def provenance(device):
-    """{"hardware", "torch", "commit"}: on what and by which code a result is made."""
+def provenance(device, checkpoint=None):
+    """{"hardware", "torch", "commit"}: on what and by which code a result is made, after what the
+    checkpoint to go on from says of the part before, if there is one.
+    """
     hardware = f"{os.cpu_count()} cores of {re.search('model name.*: (.*)|$', CPUINFO)[1] or '?'}"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name()
     # of this repository, not of one in which this code merely lies
     git = (f"cd '{Path(__file__).parent}' && git ls-files --error-unmatch distill.py >/dev/null "
            "2>&1 && git describe --always --dirty --exclude='*'")
-    return {"hardware": hardware, "torch": str(torch.__version__),
+    made = {"hardware": hardware, "torch": str(torch.__version__),
             "commit": subprocess.getoutput(git)}
+    before = checkpoint["config"]["provenance"] if checkpoint else made
+    return {name: before[name] if before[name].endswith(value) else f"{before[name]}, then {value}"
+            for name, value in made.items()}
 
 
 def say(text=""):
@@ -823,7 +828,8 @@ def run(args, checkpoint):
     log_every = args.log_every or min(per_epoch, 100)
     eval_every = args.eval_every or max(steps // 25, 100)
     config = to_config(args) | {
-        "n_images": len(images), "total_steps": steps, "provenance": provenance(device),
+        "n_images": len(images), "total_steps": steps,
+        "provenance": provenance(device, checkpoint),
         "data_checksum": checksum([data, probe_data])}
     if checkpoint:
         check_same(args.out, checkpoint["config"], config)

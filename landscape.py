@@ -113,7 +113,7 @@ def load_shuffled(args, distilled, n, device):
     images, labels = labelled_subset(data.train_x, data.train_y, n)
     test_x, test_y = labelled_subset(data.test_x, data.test_y, min(args.n_test, len(data.test_y)))
     data_config = {"n_images": len(images), "n_test_images": len(test_x), "distilled": distilled,
-             "data_checksum": checksum(data), "provenance": provenance(device)}
+                   "data_checksum": checksum(data), "provenance": provenance(device)}
     return images, labels, test_x, test_y, len(data.classes), data_config
 
 

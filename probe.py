@@ -331,8 +331,8 @@ def main(argv=None):
     if len(data.test_y) == 0:
         raise Problem(f"{dataset} has no labels to probe: name a labelled data set with --dataset")
     measured_on = {"dataset": dataset, "image_size": image_size, "train_images": len(data.train_y),
-             "test_images": len(data.test_y), "amp": args.amp, "draws": args.draws,
-             "provenance": provenance(device)}
+                   "test_images": len(data.test_y), "amp": args.amp, "draws": args.draws,
+                   "provenance": provenance(device)}
     say(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, "
         f"{len(data.classes)} classes, {device.type}")
 

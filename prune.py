@@ -222,7 +222,7 @@ def prune(args, encoder, distilled, checkpoint):
                       "--dataset")
     images, labels = stratified_subset(data.train_x, data.train_y, args.n_samples)
     config = {**to_config(args), "n_images": len(labels), "data_checksum": checksum(data),
-              "distilled": distilled, "provenance": provenance(device)}
+              "distilled": distilled, "provenance": provenance(device, checkpoint)}
     if checkpoint:
         check_same(args.out, checkpoint["config"], config, MAY_CHANGE - {"epochs"} | {"rounds"})
 
