@@ -29,7 +29,7 @@ from distill import (
     between, channel_stats, check_same, checksum, embed, init_student, kl_by_log_softmax,
     load_checkpoint, load_data, new_parser, normalise, pick_amp, pick_device, progress, provenance,
     random_network, run_directory, run_folder, save, say, stratified_subset, to_config)
-from probe import linear_probe, linear_probe_converged, mean_std
+from probe import linear_probe, linear_probe_converged
 from prune import (
     add_fine_tuning_options, classification_accuracy, fill_in, fine_tune, new_classifier)
 
@@ -77,6 +77,12 @@ def error_along_line(a, b, ts, test_error):
     """
     return np.array([test_error({name: torch.lerp(p.double(), b[name].double(), t).to(p.dtype)
                                  for name, p in a.items()}) for t in ts])
+
+
+def mean_std(values):
+    """12.34 ± 0.56 as text, without the deviation for a single value."""
+    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{spread}"
 
 
 def barrier(errors):

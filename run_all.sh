@@ -31,8 +31,8 @@ quick() {  # what is done is skipped, what was interrupted goes on, and a studen
     $student --dataset leaves --init-eps inf --out $out/epsinf "$@"
     $student --dataset noise --n-samples 10000 --probe-dataset leaves --init-eps 0 --out $out/noise "$@"
     for run in eps0 epsinf noise; do [ $out/summary.json -nt $out/$run/last.pt ] || rm -f $out/summary.json; done
-    [ -e $out/summary.json ] ||
-        $PY probe.py $out/{eps0,epsinf,noise} --json $out/summary.json --figure figures/quick.png
+    [ -e $out/summary.json ] || $PY probe.py $out/{eps0,epsinf,noise} --json $out/summary.json
+    $PY -m results.report runs --only quick.png --figures figures
     for start in "" "--init teacher" "--control random"; do  # lottery tickets: student, teacher, student under random masks
         $PY prune.py $out/eps0 --n-samples 1000 --epochs 3 --batch-size 50 --rate 0.65 --rounds 2 --resume $start; done
     $PY prune.py plot $out/eps0 --figure figures/quick_tickets.png

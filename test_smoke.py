@@ -893,7 +893,7 @@ def test_calibration_gives_batch_norms_the_statistics_of_the_images(here):
     # Those of the first one, over all images at once, by hand; the encoder itself is left as it is
     encoder, images = random_network(0, "resnet20", 1, 16).encoder, load_data("images", 16).train_x
     stats = channel_stats(images)
-    norm = probe.calibrated(encoder, images, stats)[1]
+    norm = probe.calibrated(encoder, load_data("images", 16))[1]
     first = encoder[0](normalise(images, stats))  # before the first norm
     assert allclose(norm.running_mean, first.mean((0, 2, 3)), atol=1e-5)
     assert allclose(norm.running_var, first.var((0, 2, 3)), rtol=1e-3)
@@ -909,44 +909,58 @@ def test_knn_against_brute_force_and_its_ties():
     assert probe.knn_probe(x, y, test_x, test_y, 3) == approx(100 * expected)
 
 
-def test_probe_table_json_and_figure(here, capsys):
-    log = [run(f"--steps 2 --seed {seed}", f"s-seed{seed}")["log"] for seed in (0, 1)][1]
-    do("probe s-seed0 s-seed1 --json t.json --draws 3 --device cpu --figure f.png")
+def test_whitened_features_are_uncorrelated_and_know_the_training_part_alone():
+    x, _, test_x, _ = clusters(600, 300)
+    x, test_x = x @ torch.logspace(-1, 1, 8).diag(), test_x + 99
+    z, test_z = probe.whitened(x, test_x, ridge=0)
+    assert allclose(z.T.cov(), torch.eye(8), atol=1e-4) and z.mean(0).abs().max() < 1e-4
+    # the same affine map: an image of the training part is where it was
+    assert allclose(probe.whitened(x, x[:9])[1], probe.whitened(x, x)[0][:9])
+    # with a ridge of 1 an axis of the mean variance keeps half of it, the first nearly all
+    variance, total = torch.linalg.eigvalsh(x.T.cov()), x.T.cov().trace() / 8
+    found = torch.linalg.eigvalsh(probe.whitened(x, x, ridge=1)[0].T.cov())
+    assert allclose(found, variance / (variance + total), rtol=1e-3)
+
+
+def test_spread_counts_directions():
+    # ±1 along each of three of five axes; far from the origin they all point one way
+    x = torch.cat([torch.eye(5)[:3], -torch.eye(5)[:3]]) * 2
+    assert probe.spread(x) == approx({"cosine": -0.2, "directions": 3})
+    shifted = probe.spread(x + 1000)
+    assert shifted["cosine"] > 0.999 and shifted["directions"] == approx(3)
+    pairs = [F.cosine_similarity(x[i] + 1, x[j] + 1, 0) for i, j in product(range(6), repeat=2)
+             if i != j]
+    assert probe.spread(x + 1)["cosine"] == approx(np.mean(pairs), abs=1e-6)
+
+
+def test_probe_table_and_json(here, capsys):
+    log = run("--steps 2", "s-seed0")["log"]
+    do("probe s-seed0 far --json t.json --draws 3 --device cpu")
     text, found = capsys.readouterr().out, strict_json("t.json")
-    assert re.search(
-        r"teacher resnet20 \(2 seeds\) .* ± .*\nteacher resnet20, calibrated .*\n"
-        r"  gain over its teacher .*\nstudent s \(2 seeds\) .* ± .*\n"
-        r"  gain over its teacher +[+-]",
-        text)
-    student = found["student s-seed1"]
+    student, teacher = "student s-seed0", "teacher resnet20 seed 0"  # which both runs share
     known = {"train_images": 60, "test_images": 24, "amp": "off", "draws": 3}
-    known |= {name: log[-1][name] for name in ("linear_converged", "knn")}
-    assert student.items() >= known.items()
-    assert student["linear_paper_max"] >= student["linear_paper_mean"] > 0
-    knn = [found[f"{name} s-seed{i}"]["knn"] for name in ("student", "teacher of") for i in (0, 1)]
-    gain = f"{np.dot(knn, [0.5, 0.5, -0.5, -0.5]):+.2f}"
-    assert text.split("gain over its teacher")[-1].split()[3] == gain
-    Image.open("f.png")
-    for options in ("--json t.json", "--figure f.png --dataset leaves"):
-        with raises(SystemExit, match="2"):  # it overwrites nothing, and draws one data set
-            do(f"probe s-seed0 {options}")
+    known |= {name: log[-1][name] for name in ("linear_converged", "knn", "cosine", "directions")}
+    assert found[student].items() >= known.items() and len(found) == 15
+    assert found[student]["linear_paper_max"] >= found[student]["linear_paper_mean"] > 0
+    # each is compared with the teacher that was treated alike, in a row of its own
+    for treatment, label in (("", student), (", whitened", "  whitened")):
+        row = [line for line in text.partition(student)[2].partition("student far")[0].splitlines()
+               if treatment == "" or line.startswith(label)][0]
+        for probed in ("linear_paper_mean", "linear_converged", "knn"):
+            score = found[student + treatment][probed]
+            gain = score - found[teacher + treatment][probed]
+            assert f"{score:.2f} ({gain:+.2f})" in row
+    with raises(SystemExit, match="2"):  # it overwrites nothing
+        do("probe s-seed0 --json t.json")
 
 
-def test_what_repeats_no_experiment_is_not_averaged(here, capsys):
-    """Runs of other lengths, twice the same seed; and unfinished ones have a row of their own."""
-    run("--steps 2", "s-seed0")
-    checkpoint = run("--steps 2 --seed 1", "s-seed1")
-    run("--steps 3 --seed 2", "s-seed2")
-    copytree("s-seed0", "copy/s-seed0")
-    problem("probe s-seed0 s-seed2", "s-seed2 does not fit", "total-steps")
-    problem("probe s-seed0 copy/s-seed0", "same seed")
-    save(Path("s-seed1/last.pt"), {**checkpoint, "step": 1})
-    do("probe s-seed0 s-seed1 s-seed0/best.pt")
-    do(f"prune s-seed1 --rounds 0 --epochs 1 {FLOAT32}")
+def test_unfinished_students_are_called_so(here, capsys):
+    save(Path("s/last.pt"), {**run("--steps 2", "s"), "step": 1})
+    do("probe s s/best.pt")
+    do(f"prune s --rounds 0 --epochs 1 {FLOAT32}")
     out = capsys.readouterr().out
-    for label in ("student s (step 1 of 2) ", "student s  ", "student s, best probe "):
+    for label in ("student s (step 1 of 2) ", "student s/best.pt ", "weights of s (step 1 of 2) on"):
         assert label in out, label
-    assert "weights of s-seed1 (step 1 of 2) on" in out
 
 
 # ---- The command line and bad input --------------------------------------------------------------
@@ -1006,10 +1020,9 @@ def test_bad_checkpoints(here):
 def test_the_numbers_come_out_without_matplotlib(here):
     # A picture that cannot be drawn comes last, when all else is printed and saved
     Path("matplotlib.py").write_text("raise ModuleNotFoundError('No module named matplotlib')")
-    without = {**os.environ, "PYTHONPATH": "."}
-    done = sh(f"python {REPO}/probe.py near --figure f.png --json numbers.json", env=without)
-    assert "matplotlib" in done.stderr and "gain over its teacher" in done.stdout
-    assert strict_json("numbers.json")
+    done = sh(f"python -m results.report {REPO}/results --out {here}/page --figures {here}/f",
+              cwd=REPO, env={**os.environ, "PYTHONPATH": str(here)})
+    assert "matplotlib" in done.stderr and "| agrees |" in Path("page").read_text()
 
 
 # ---- Pruning -------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from statistics import mean
 
 import numpy as np
 
-from distill import Problem, new_parser, save
-from landscape import barrier, read_npz
-from probe import PROBES, check_repeats, mean_std
+from distill import MAY_CHANGE, Problem, check_same, new_parser, save
+from landscape import barrier, mean_std, read_npz
+from probe import PROBES
 
 PAGE = """\
 # Report
@@ -106,7 +106,7 @@ Begun but not finished: {sections[unfinished]}.
 
 # ---- What we have --------------------------------------------------------------------------------
 
-FILES = ("paper/*/run.json", "mini/*/run.json", "paper/*/prune-*/config.json",
+FILES = ("paper/*/run.json", "mini/*/run.json", "quick/*/run.json", "paper/*/prune-*/config.json",
          "paper/*/connect/connect.npz", "paper/fig5-shared.npz")
 
 
@@ -137,6 +137,18 @@ def read_result(file):
 
 
 SEED_IN_NAME = r"( \S*/\S*)?[- ]seed ?\d+(/best.pt)?"  # with the path that probe.py gives a student
+
+
+def check_repeats(configs):
+    """Raise Problem unless the runs {path: config} repeat one experiment, so that one may average
+    them: all settings agree but the seed, also that in a path.
+    """
+    ignored = MAY_CHANGE - {"total_steps"} | {"seed", "teacher_probes", "constant_student_kl"}
+    first = None
+    for path, config in configs.items():
+        settings = json.loads(re.sub(r"seed\d+", "", json.dumps(config)))
+        first = first or settings
+        check_same(path, settings, first, ignored)
 
 
 def read_results(root):
@@ -338,55 +350,72 @@ def judge(rule, groups):
 
 # ---- Figures -------------------------------------------------------------------------------------
 
-FIGURES = (  # file; how its runs are named, without their x if it is in the name; what is on x
-    ("fig1.png", "fig3-resnet18-eps0$|fig3-vgg11-eps1e-10$", "epoch"),
-    ("table5.png", "cifar10-[^/]*$", "training epoch"),
-    ("fig3.png", "fig3-resnet18-eps|fig3-vgg11-eps", "locality α"),
-    ("fig4.png", "fig4-noise|fig4-n", "training images (log)"),
-    ("fig10.png", "fig10-m", "logits m (log)"),
-    ("fig11.png", "fig11-[^/]*$", "epoch"),
-    ("fig12.png", "fig12-[^/]*$", "epoch"),
-    ("fig17.png", "raw-[^/]*$", "epoch"),
-    ("fig18.png", "cifar10-resnet18$|cifar10-vgg11$|fig18-[^/]*$", "epoch"),
-    ("mini-fig3.png", "mini/fig3-eps", "locality α"),
-    ("mini-fig17-plateau.png", "mini/plateau-[^/]*$", "epoch (log)"),
+PERCENT = {"linear_paper": "linear (paper), %", "linear_converged": "linear (converged), %",
+           "knn": "k-NN, %"}
+STUDENT = {"linear_paper": "linear (paper), %", "loss": "KL (nats, log)",
+           "distance": "distance from the start"}
+WHY = PERCENT | {"cosine": "mean cosine of two images", "directions": "directions",
+                 "loss": "KL (nats, log)"}
+FIGURES = (  # file; how its runs are named, without their x if it is in the name; what is on x, y
+    ("quick.png", "quick/[^/]*$", "distillation step", WHY),
+    ("fig1.png", "fig3-resnet18-eps0$|fig3-vgg11-eps1e-10$", "distillation epoch", STUDENT),
+    ("table5.png", "cifar10-[^/]*$", "distillation epoch", PERCENT),
+    ("fig3.png", "fig3-resnet18-eps|fig3-vgg11-eps", "locality α", PERCENT),
+    ("fig4.png", "fig4-noise|fig4-n", "training images (log)", PERCENT),
+    ("fig10.png", "fig10-m", "logits m (log)", PERCENT),
+    ("fig11.png", "fig11-[^/]*$", "distillation epoch", PERCENT),
+    ("fig12.png", "fig12-[^/]*$", "distillation epoch", PERCENT),
+    ("fig17.png", "raw-[^/]*$", "distillation epoch", STUDENT),
+    ("fig18.png", "cifar10-resnet18$|cifar10-vgg11$|fig18-[^/]*$", "distillation epoch", STUDENT),
+    ("mini-fig3.png", "mini/fig3-eps", "locality α", PERCENT),
+    ("mini-fig17-plateau.png", "mini/plateau-[^/]*$", "distillation epoch (log)", STUDENT),
 )
-CURVES = {"linear_paper": "linear (paper)", "loss": "KL (nats, log)", "distance": "distance ‖θ−θ₀‖"}
 
 
-def draw_figure(results, folder, figure, names, x):
-    """Draw one of FIGURES in three panels, unless it has no runs."""
+def series(groups, column, x):
+    """What to draw of `groups` {position: [run]}: {label: {position on x: [a number of each]}}."""
+    if x.startswith("distillation"):
+        return {"": curve(*groups.values(), column, x.split()[1])}
+    return {f", {when}": {position: values(group, when, column)
+                          for position, group in groups.items()} for when in ("best", "teacher")}
+
+
+def draw_figure(results, folder, file, names, x, panels):
+    """Draw one of FIGURES, a panel each of `panels` {column: title}, unless it has no runs."""
     lines = defaultdict(dict)
     for name, group in results.items():
         match = re.match(f"({names})([^/]*)$", name)  # a run, not what came of it
         if match and group:
             number = float(match[2] or 0)  # in place of α its ε
-            lines[match[1]][1 - 1 / (1 + number) if "α" in x else number] = group.values()
+            lines[match[1]][1 - 1 / (1 + number) if "α" in x else number] = [*group.values()]
     if not lines:
         return
     from matplotlib import pyplot  # here, so that the numbers come out without it
-    picture, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), sharex=True, layout="constrained")
-    picture.suptitle("probes: test accuracy in %")
-    columns = CURVES if x.startswith("epoch") else PROBES
-    scores = [""] if "epoch" in x else ["best", "teacher"]
-    for axis, y in zip(axes, columns):
+    pyplot.style.use("tableau-colorblind10")
+    rows = len(panels) // 3
+    picture, grid = pyplot.subplots(rows, 3, figsize=(11, 3.2 * rows), layout="constrained")
+    for axis, (column, title) in zip(grid.flat, panels.items()):
         for label, groups in lines.items():
-            for when in scores:
-                points = curve([*groups[0]], y) if "epoch" in x else {
-                    position: values(group, when, y) for position, group in groups.items()}
+            first = [*groups.values()][0][0]
+            label += " (unfinished)" * bool(first["remaining"])
+            for when, points in series(groups, column, x).items():
                 if "log" in x:
                     points.pop(0, None)  # a logarithm has no place for it
+                if not points:
+                    continue
                 positions, numbers = zip(*sorted(points.items()))
-                line, *_ = axis.errorbar(
-                    positions, [*map(mean, numbers)], [*map(deviation, numbers)],
-                    label=f"{label} {when}", marker=".")
-                if y == "loss":
-                    constant = [*groups[0]][0].get("constant_student_kl", np.nan)
+                bars = [*map(deviation, numbers)] if len(numbers[0]) > 1 else None
+                line, *_ = axis.errorbar(positions, [*map(mean, numbers)], bars, marker=".",
+                                         label=label + when)
+                if "log" in title:
+                    constant = first.get("constant_student_kl", np.nan)
                     axis.axhline(constant, color=line.get_color(), linestyle="dotted")
-        axis.set(xlabel=x, ylabel=columns[y], xscale="log" if "log" in x else "linear",
-                 yscale="log" if "log" in columns[y] else "linear")
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the panels: it hides nothing
-    save(folder / figure, lambda temporary: picture.savefig(temporary, dpi=150))
+                elif 0 in points and column in first["teacher"]:
+                    axis.plot(0, first["teacher"][column], "*", color=line.get_color(), ms=11)
+        axis.set(title=title, xlabel=x, xscale="log" if "log" in x else "linear",
+                 yscale="log" if "log" in title else "linear")
+    picture.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    save(folder / file, lambda temporary: picture.savefig(temporary, dpi=150))
 
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -397,8 +426,12 @@ def main(argv=None):
     add("root", default="runs", nargs="?", type=Path, help="directory with paper/ and mini/ in it")
     add("--out", default="results/REPORT.md", type=Path, help="the page")
     add("--figures", default="figures/report", type=Path, help="directory of the pictures")
+    add("--only", help="write no page, and of the pictures only this one: quick.png")
     args = parser.parse_args(argv)
     results, unfinished = read_results(args.root)
+    if args.only:
+        figure, = (figure for figure in FIGURES if figure[0] == args.only)
+        return draw_figure(results, args.figures, *figure)
     if not results and not unfinished:
         raise Problem(f"{args.root} holds neither paper/ nor mini/ with a run: do some jobs of "
                       "`bash run_all.sh list` first, or name another directory")
