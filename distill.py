@@ -4,26 +4,22 @@
     python distill.py --arch resnet18 --init-eps 0.0    the paper's run on CIFAR10 (wants a GPU)
     python datasets/leaves.py                           images for a laptop, without a download
     python distill.py --arch resnet20 --dataset leaves --out-dim 1024 --batch-size 128 --steps 400
-    python distill.py --arch vgg11 --init-eps inf --dataset path/to/images
-
-The folder of the last holds train/<class>/ and test/<class>/.
 
 Method: "Random Teachers are Good Teachers", Sarnthein et al., ICML 2023, arXiv 2302.12091. The
 file's first part is the idea: normalisation, models, the student's start, the loss, the training
 loop, and the experiment, which uses them all. A line says where it ends.
 """
-import argparse, fcntl, json, math, os, re, signal, subprocess, sys, time, warnings, zlib
+import argparse, fcntl, json, math, os, re, subprocess, sys, time, warnings, zlib
 from collections import namedtuple
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
 from torch import nn
-from torchvision.datasets.folder import is_image_file
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 from torchvision.models.vgg import cfgs as VGG_PLANS, make_layers
 from torchvision.transforms.functional import resize
@@ -125,9 +121,7 @@ def build_encoder(arch, image_size, norm):
 
 
 def autocast(device, amp):
-    """The context in which matrix products and convolutions run in bfloat16 if `amp` is "bf16"; if
-    it is "off", in float32.
-    """
+    """The context in which matrix products and convolutions run in 16 bits if `amp` is "bf16"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
 
 
@@ -352,8 +346,6 @@ def distill(teacher, student, images, optimizer, *, divergence=KLDivergence.appl
 
 # ==== Here the idea ends. Below: checkpoints, data, options, and `main`, which logs and probes ====
 
-# ---- Checkpoints and other files -----------------------------------------------------------------
-
 class Problem(SystemExit):
     """Something the user can put right: a line that says how, with which the script ends."""
 
@@ -480,7 +472,7 @@ def progress(config):
 
 
 def run_folder(path):
-    """The directory of a run that is named by it, or by a checkpoint in it."""
+    """The run directory that is named by itself, or by a checkpoint in it."""
     return path.parent if path.suffix == ".pt" else path
 
 
@@ -493,27 +485,22 @@ MADE = ("leaves", "tinyimagenet", "cifar5m")  # by the scripts in datasets/, as 
 
 
 def load_data(name, image_size=32, device="cpu", n=None):
-    """The Data of that name: one of DOWNLOADS, noise, a folder that holds train/<class>/* and
-    test/<class>/* (or val/), a .npz file, or data/<name>.npz; of noise at least n images. Raises
-    Problem.
+    """The Data of that name: one of DOWNLOADS, noise (at least n images), a .npz file, or
+    data/<name>.npz. Raises Problem.
     """
     file = Path(name if name.endswith(".npz") else f"data/{name}.npz")
     if name in DOWNLOADS:
-        data = torchvision_data(name)
+        arrays, classes = torchvision_data(name)
     elif name == "noise":
-        data = gaussian_noise(max(n or 0, 50_000), image_size)
-    elif Path(name).is_dir():
-        data = image_folder(Path(name), image_size)
+        arrays, classes = gaussian_noise(max(n or 0, 50_000), image_size), ["noise"]
     elif file.exists():
-        data = npz_data(file)
-    elif name.startswith(MADE):
-        raise Problem(f"{file} is not there: python datasets/{name.split('-')[0]}.py makes it")
+        arrays, classes = npz_data(file)
     else:
-        raise Problem(f"no data set, folder or .npz file is called {name}; there are "
-                      f"{', '.join(DOWNLOADS + MADE)}, noise, or any folder of images")
-    train_x, train_y, test_x, test_y, classes = data
-    tensors = resize(train_x, image_size), train_y, resize(test_x, image_size), test_y
-    return Data(*(tensor.to(device) for tensor in tensors), classes)
+        script = name.split("-")[0] if name.startswith(MADE) else "folder"
+        raise Problem(f"no data set {name}: there is no {file}, which datasets/{script}.py makes")
+    x, y, test_x, test_y = (torch.from_numpy(array).to(device) for array in arrays)
+    x, test_x = (resize(images.permute(0, 3, 1, 2), image_size) for images in (x, test_x))
+    return Data(x, y.long(), test_x, test_y.long(), classes)
 
 
 def stratified_subset(x, y, n):
@@ -526,18 +513,11 @@ def stratified_subset(x, y, n):
     if n > len(y):
         raise Problem(f"--n-samples {n:,} is more than the {len(y):,} training images there are")
     shuffled = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    member, rank = F.one_hot(y.cpu()[shuffled]), torch.empty(len(y))
-    # the k-th of K members ranks at (k − 1/2)/K: the n lowest take each class evenly
-    ranks = (member.cumsum(0) - 0.5) / member.sum(0)
-    rank[shuffled] = ranks.gather(1, member.argmax(1, keepdim=True))[:, 0]
-    chosen = rank.argsort(stable=True)[:n].sort().values
+    member = F.one_hot(y.cpu()[shuffled]).bool()
+    # the k-th of a class's K images ranks at (k − 1/2)/K: the n lowest take each class evenly
+    rank = ((member.cumsum(0) - 0.5) / member.sum(0))[member]
+    chosen = shuffled[rank.argsort(stable=True)[:n]].sort().values
     return x[chosen], y[chosen]
-
-
-def to_tensors(pairs):
-    """n pairs of an image (s, s, 3) uint8 and a label -> (n, 3, s, s) uint8 and (n,) int64."""
-    images, labels = zip(*pairs)
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
 
 
 def torchvision_data(name):
@@ -551,23 +531,22 @@ def torchvision_data(name):
         train, test = (source("data", split, download=True)
                        for split in (("train", "test") if name == "stl10" else (True, False)))
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise Problem(f"cannot download {source.url} ({reason}): set DATA_MIRROR to the URL of a "
-                      f"directory with {source.filename}, or take --dataset leaves") from None
-    return Data(*to_tensors(train), *to_tensors(test), train.classes)
+        raise Problem(f"cannot download {source.url} ({str(error).splitlines()[:1]}): set "
+                      "DATA_MIRROR to the URL of a directory with it, or take --dataset leaves")
+    return [np.stack(values) for part in (train, test) for values in zip(*part)], train.classes
 
 
 def gaussian_noise(n, image_size):
     """The paper's control (Fig. 4): σ = 1 after normalisation; 8 bits hold ±4σ in 32nds of σ."""
     pixels = np.random.default_rng(0).standard_normal((n, 3, image_size, image_size), np.float32)
-    x = torch.from_numpy((pixels * 32 + 128).round().clip(0, 255).astype(np.uint8))
-    y = torch.zeros(n, dtype=torch.int64)
-    return Data(x, y, x[:0], y[:0], ["noise"])
+    x = (pixels * 32 + 128).round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    y = np.zeros(n, np.int64)
+    return x, y, x[:0], y[:0]
 
 
 def npz_data(path):
-    """The Data of a file as the scripts in datasets/ write it: train_x and test_x (n, s, s, 3)
-    uint8, train_y and test_y (n,), classes.
+    """The arrays and classes of a file as the scripts in datasets/ write it: train_x and test_x
+    (n, s, s, 3) uint8, train_y and test_y (n,), classes.
     """
     try:
         with np.load(path) as file:
@@ -578,51 +557,14 @@ def npz_data(path):
             if (x.dtype != np.uint8 or x.shape != (n, size, size, 3) or y.shape != (n,)
                     or not 0 < len(np.bincount(y)) <= len(classes)):
                 raise ValueError(f"images {x.dtype} {x.shape}, labels {y.dtype} {y.shape}")
-        x, y, test_x, test_y = map(torch.from_numpy, arrays)
     except Exception as error:
         raise Problem(f"{path} is no data set ({error}): make it again") from None
-    return Data(x.permute(0, 3, 1, 2), y.long(), test_x.permute(0, 3, 1, 2), test_y.long(),
-                classes.tolist())
+    return [np.asarray(array, array.dtype.newbyteorder("=")) for array in arrays], classes.tolist()
 
 
-def read_image(path, size):
-    """The middle square of an image, scaled to (size, size, 3) uint8."""
-    try:
-        image = Image.open(path)
-        if image.mode[0] in "IF":  # to make 8 bits of these, PIL would clip them
-            raise ValueError("more than 8 bits a channel")
-        return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR))
-    except Exception as error:  # a decoder may raise anything
-        raise Problem(f"cannot read the image {path} ({error}): mend or delete it") from None
+# ---- Machine and options -------------------------------------------------------------------------
 
-
-def image_folder(folder, size):
-    """The Data of train/<class>/* and test/<class>/* (or val/), at any depth, but for hidden files.
-
-    No link to a folder inside a class is followed; a file that is linked to counts once.
-    """
-    # a class without any readable image is an error, not one class less
-    classes = sorted(path.name for path in folder.glob("train/[!.]*") if path.is_dir())
-    parts = []
-    for part in (folder / "train", folder / "test", folder / "val"):
-        labels = {}
-        for path in sorted(part.glob("*/**/*")):
-            names = path.relative_to(part).parts
-            if is_image_file(path.name) and not any(name.startswith(".") for name in names):
-                label = labels.setdefault(os.path.realpath(path), names[0])
-                if label != names[0]:
-                    raise Problem(f"{path} is in class {label}, too: remove one of them")
-        parts.append(labels.items() if {*labels.values()} == {*classes} else ())
-    train, test = parts[0], parts[1] or parts[2]
-    if not train or not test:
-        raise Problem(f"{folder} needs train/<class>/ and test/<class>/ (or val/) folders of "
-                      "images, with the same classes in both")
-    return Data(*(tensor for part in (train, test) for tensor in to_tensors(
-        (read_image(path, size), classes.index(name)) for path, name in part)), classes)
-
-
-# ---- The machine ---------------------------------------------------------------------------------
-
+say = partial(print, flush=True)  # at once, also into a file
 CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""  # Linux
 
 
@@ -635,12 +577,10 @@ def pick_device(name):
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def pick_amp(amp, device, arch, norm="batch", checkpoint=None):
-    """Resolve --amp auto. A run that goes on keeps its own; else bf16 where the hardware is fast
-    at it, but off without batch norm: VGG11 hardly learned in bf16 (results/README.md).
+def pick_amp(amp, device, arch, norm="batch"):
+    """Resolve --amp auto: bf16 where the hardware is fast at it, but off without batch norm, where
+    VGG11 hardly learned in it (results/README.md).
     """
-    if checkpoint and amp == "auto":
-        return checkpoint["config"]["amp"]
     fast = re.search("amx_bf16|avx512_bf16", CPUINFO)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -649,9 +589,7 @@ def pick_amp(amp, device, arch, norm="batch", checkpoint=None):
 
 
 def provenance(device, checkpoint=None):
-    """{"hardware", "torch", "commit"}: on what and by which code a result is made, after what the
-    checkpoint to go on from says of the part before, if there is one.
-    """
+    """On what and by which code a result is made; "X, then Y" where it goes on from X."""
     hardware = f"{os.cpu_count()} cores of {re.search('model name.*: (.*)|$', CPUINFO)[1] or '?'}"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name()
@@ -664,32 +602,6 @@ def provenance(device, checkpoint=None):
     return {name: before[name] if before[name].endswith(value) else f"{before[name]}, then {value}"
             for name, value in made.items()}
 
-
-def say(text=""):
-    """Print a line at once. When nobody can read any more (`| head`), go on in silence."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextmanager
-def caught_signals():
-    """Inside, Ctrl-C, a cluster that wants its node and a closed terminal do not end the process:
-    they append to the list that this yields.
-    """
-    caught, handlers = [], {}
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
-            handlers[signum] = signal.signal(signum, lambda signum, _: caught.append(signum))
-    try:
-        yield caught
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-
-
-# ---- Options -------------------------------------------------------------------------------------
 
 def new_parser(doc, prog=None):
     """An argument parser that shows the beginning of a docstring and the default of each option."""
@@ -714,10 +626,9 @@ POSITIVE, SEED = between(1, 2**31), between(0, 2**62)
 def add_common_options(add):
     """Of all scripts that train or measure for long; `add` is a parser's add_argument."""
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda if there")
-    add("--amp", default="auto", choices=("auto", "bf16", "off"), help="16-bit encoder; auto: "
-        "where the hardware is fast at it and the encoder has batch norm")
-    add("--resume", action="store_true", help="go on with what an interrupted call left, on a CPU "
-        "to the same numbers")
+    add("--amp", default="auto", choices=("auto", "bf16", "off"), help="auto: where bf16 is fast "
+        "and the encoder has batch norm")
+    add("--resume", action="store_true", help="go on with what an interrupted call left")
 
 
 def parse_args(argv=None):
@@ -729,11 +640,10 @@ def parse_args(argv=None):
         help="l: a linear map, f: output of length 1, w: rows of length 1; lf/l: the released code")
     add("--loss", default="kl", choices=LOSSES, help="kl-log-softmax: off by some %% at 1e-6 nats")
     for name, default, kind, text in (
-            ("--init-eps", 0.0, between(0, math.inf, float), "start at (teacher + ε·independent)/"
-             "√(1+ε²): 0 is the teacher, inf independent of it; the paper's α is ε/(1+ε). Without "
-             "batch norm (vgg*, vit*) 0 is a fixed point: take 1e-10, the paper's α≈0"),
+            ("--init-eps", 0.0, between(0, math.inf, float), "0: start at the teacher, inf: apart "
+             "from it; the paper's α is ε/(1+ε). For vgg* and vit* 1e-10: 0 is a fixed point"),
             ("--dataset", "cifar10", str, f"{', '.join(DOWNLOADS)}; {', '.join(MADE)}, from the "
-             "scripts in datasets/; noise; a .npz file; a folder of train/<class>/, test/<class>/"),
+             "scripts in datasets/; noise; a .npz file, say of your images by datasets/folder.py"),
             ("--probe-dataset", None, str, "labelled data for the probes; None: --dataset"),
             ("--n-samples", None, POSITIVE, "training images, each class in its share; None: all"),
             ("--image-size", 32, between(16, 2**31), "pixels a side, of the image's middle square"),
@@ -763,18 +673,17 @@ def parse_args(argv=None):
 
 # ---- Main ----------------------------------------------------------------------------------------
 
-def constant_student_kl(teacher_logits):
-    """The KL in nats, from teacher logits (n, m), of the best student that gives every image the
-    same answer: the teacher's mean softmax. Without batch norm students may get stuck there.
+def constant_student_kl(teacher, images, n=1000):
+    """The KL in nats, over some n of the images, of the best student that gives them all the same
+    answer: the teacher's mean softmax. Without batch norm students may get stuck there.
     """
-    p = teacher_logits.softmax(1)
+    sample = images[::math.ceil(len(images) / n)]
+    p = teacher.last_layer(teacher_vectors(teacher, sample, channel_stats(images))).softmax(1)
     return (p * (p / p.mean(0)).log()).sum(1).mean().item()
 
 
 def save_run(out, config, log, state):
-    """Write last.pt, and best.pt if the log's last row has the highest test accuracy by the paper's
-    probe: Fig. 9 starts from such students, and our Tables 2 and 4 take them.
-    """
+    """Write last.pt, and best.pt, where Fig. 9 starts, if no probe was above the last (paper)."""
     content = {name: part.state_dict() for name, part in state.items()}
     content |= {"format": "distill.py 4", "config": config, "step": log[-1]["step"], "log": log}
     probed = [row for row in log[1:] if "linear_paper" in row]
@@ -815,10 +724,9 @@ def run(args, checkpoint):
     """Prepare, distil, and between the steps log, probe and save."""
     from probe import evaluate  # here, because probe.py imports this file
     device = pick_device(args.device)
-    args.amp = pick_amp(args.amp, device, args.arch, args.norm, checkpoint)
+    args.amp = pick_amp(args.amp, device, args.arch, args.norm)
 
-    # Data. The student sees `images` alone; labels are for the probes, and for --n-samples, which
-    # keeps the classes' shares
+    # Data: the student sees `images` alone; labels are for the probes, and the share of classes
     data = probe_data = load_data(args.dataset, args.image_size, device, args.n_samples)
     if args.probe_dataset:
         probe_data = load_data(args.probe_dataset, args.image_size, device)
@@ -828,8 +736,7 @@ def run(args, checkpoint):
     log_every = args.log_every or min(per_epoch, 100)
     eval_every = args.eval_every or max(steps // 25, 100)
     config = to_config(args) | {
-        "n_images": len(images), "total_steps": steps,
-        "provenance": provenance(device, checkpoint),
+        "n_images": len(images), "total_steps": steps, "provenance": provenance(device, checkpoint),
         "data_checksum": checksum([data, probe_data])}
     if checkpoint:
         check_same(args.out, checkpoint["config"], config)
@@ -842,19 +749,14 @@ def run(args, checkpoint):
     parameters_0 = [p.detach().clone() for p in student.parameters()]
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0, fused=True)
     state = {"teacher": teacher, "student": student, "optimizer": optimizer}
-
     say(f"{args.arch} on {args.dataset}: {len(images):,} images, {steps:,} steps of "
         f"{args.batch_size}, m={args.out_dim:,}, ε={args.init_eps:g}, seed {args.seed}, "
         f"{device.type}, amp {args.amp} -> {args.out}")
-    training = distill(
-        teacher, student, images, optimizer, divergence=LOSSES[args.loss], amp=args.amp,
-        batch_size=args.batch_size, seed=args.seed, steps=steps,
-        first_step=checkpoint.get("step", 0))
-    vectors = teacher_vectors(teacher, images[::math.ceil(len(images) / 1000)],
-                              channel_stats(images))
-    config["constant_student_kl"] = constant_student_kl(teacher.last_layer(vectors))
-    say(f"a student with the same answer for every image would have a KL of "
-        f"{config['constant_student_kl']:.2e} nats")
+    training = distill(teacher, student, images, optimizer, divergence=LOSSES[args.loss],
+                       amp=args.amp, batch_size=args.batch_size, seed=args.seed, steps=steps,
+                       first_step=checkpoint.get("step", 0))
+    config["constant_student_kl"] = constant_student_kl(teacher, images)
+    say(f"a constant student's KL: {config['constant_student_kl']:.2e} nats")
 
     if checkpoint:
         config, log = checkpoint["config"] | config, checkpoint["log"]
@@ -870,36 +772,28 @@ def run(args, checkpoint):
     save(args.out / "run.json", config)
     show(log[-1])
 
-    # Train, and between the steps log, probe and save
     losses, n_seen, clock = [], 0, time.time()
-    with caught_signals() as signals:
-        for step, loss, n in training:
-            losses.append(loss * n)  # on the device: to ask for its value would keep a GPU waiting
-            n_seen += n
-            probing = step == steps or step % eval_every == 0
-            stopping = bool(signals)  # asked once a step: a signal may come at any moment
-            if not (probing or stopping or step % log_every == 0):
-                continue
-            moved = [(p.detach() - q).norm() for p, q in zip(student.parameters(), parameters_0)]
-            row = {"step": step, "epoch": step / per_epoch,
-                   "loss": torch.stack(losses).double().sum().item() / n_seen,
-                   "distance": torch.stack(moved).norm().item(),
-                   "images_per_s": n_seen / (time.time() - clock)}
-            if not math.isfinite(row["loss"] + row["distance"]):
-                raise Problem(f"the loss is no longer finite by step {step}: lower --lr or take "
-                              f"--amp off; what {args.out} held is kept")
-            if probing:
-                # the linear probe draws anew each time, as the paper's does
-                row |= evaluate(student.encoder, probe_data, seeds=[step])
-            log.append(row)
-            if probing or stopping:
-                save_run(args.out, config, log, state)
-            save(args.out / "log.csv", log)
-            show(row)
-            if stopping and step < steps:
-                say(f"stopped after step {step:,}: the same command with --resume goes on")
-                sys.exit(128 + signals[0])
-            losses, n_seen, clock = [], 0, time.time()
+    for step, loss, n in training:
+        losses.append(loss * n)  # on the device: to ask for its value would keep a GPU waiting
+        n_seen += n
+        probing = step == steps or step % eval_every == 0
+        if not (probing or step % log_every == 0):
+            continue
+        moved = [(p.detach() - q).norm() for p, q in zip(student.parameters(), parameters_0)]
+        row = {"step": step, "epoch": step / per_epoch,
+               "loss": torch.stack(losses).double().sum().item() / n_seen,
+               "distance": torch.stack(moved).norm().item(),
+               "images_per_s": n_seen / (time.time() - clock)}
+        if not math.isfinite(row["loss"] + row["distance"]):
+            raise Problem(f"the loss is no longer finite by step {step}: lower --lr or take --amp "
+                          f"off; what {args.out} held is kept")
+        log.append(row)
+        if probing:
+            row |= evaluate(student.encoder, probe_data, seeds=[step])  # each time another draw
+            save_run(args.out, config, log, state)
+        save(args.out / "log.csv", log)
+        show(row)
+        losses, n_seen, clock = [], 0, time.time()
 
 
 if __name__ == "__main__":

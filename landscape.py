@@ -92,8 +92,7 @@ def barrier(errors):
 
 def summary(errors):
     """Test errors in % (pairs, points) of several lines, in words."""
-    return (f"test error at the ends {errors[:, [0, -1]].mean():.2f} %, barrier "
-            f"{mean_std(barrier(errors))} points, {len(errors)} pairs")
+    return f"barrier {mean_std(barrier(errors))} points, {len(errors)} pairs"
 
 
 # ---- Data and files ------------------------------------------------------------------------------
@@ -350,7 +349,7 @@ def connect(argv):
 def fine_tune_and_connect(args, checkpoint):
     device = pick_device(args.device)
     teacher, student, distilled = load_checkpoint(args.run)
-    fill_in(args, device, distilled, checkpoint)
+    fill_in(args, device, distilled)
     images, labels, test_x, test_y, n_classes, data_config = load_shuffled(args, distilled,
                                                                      args.n_samples, device)
     stats, config = channel_stats(images), to_config(args) | data_config
@@ -480,8 +479,8 @@ def draw_lines(arrays):
         axis.plot(arrays["t"], errors.T, color="grey")
         axis.plot(arrays["t"], errors.mean(0), linewidth=2.5)
         say(f"{title}: {summary(errors)}")
-        axis.set(title=f"{title}\nbarrier {mean_std(barrier(errors))}, {len(errors)} pairs",
-                 xlabel="position on the line", ylabel="test error (%)")
+        axis.set(title=f"{title}\n{summary(errors)}", xlabel="position on the line",
+                 ylabel="test error (%)")
     return figure
 
 

@@ -115,7 +115,7 @@ def add_fine_tuning_options(add):
     add_common_options(add)
 
 
-def fill_in(args, device, distilled, checkpoint):
+def fill_in(args, device, distilled):
     """Replace what is None, or auto, in the options of fine-tuning by what fits the distilled run
     of that config.
     """
@@ -123,7 +123,7 @@ def fill_in(args, device, distilled, checkpoint):
     args.seed = distilled["seed"] if args.seed is None else args.seed
     if args.lr is None:
         args.lr = 0.05 if distilled["arch"] == "resnet20" else 0.1
-    args.amp = pick_amp(args.amp, device, distilled["arch"], distilled["norm"], checkpoint)
+    args.amp = pick_amp(args.amp, device, distilled["arch"], distilled["norm"])
 
 
 # ---- Masks ---------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def main(argv=None):
 def prune(args, encoder, distilled, checkpoint):
     """Train the encoder, prune it, rewind it, and train it again, round by round."""
     device = pick_device(args.device)
-    fill_in(args, device, distilled, checkpoint)
+    fill_in(args, device, distilled)
     data = load_data(args.dataset, distilled["image_size"], device=device)
     if len(data.test_y) == 0:
         raise Problem(f"{args.dataset} has no labels to train on: name a labelled data set with "

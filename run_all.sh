@@ -7,8 +7,8 @@
 #   bash run_all.sh report [DIR]   every table and figure, from whatever is under runs/ (or DIR)
 #   bash run_all.sh test [ARGS]    the tests; ARGS go to pytest
 #   SEEDS="0 1 2"                  fewer seeds, fewer jobs (Fig. 8, which has five, then takes these, too)
-#   CIFAR10=DIR, TINYIMAGENET=DIR  folders of images in place of the downloads; DATA_MIRROR=URL: where archives are
-#   TOY=DIR                        a rehearsal under runs/toy: every job for two steps on the few images in DIR
+#   CIFAR10=X, TINYIMAGENET=X      other data sets in place of the downloads; DATA_MIRROR=URL: where archives are
+#   TOY=X                          a rehearsal under runs/toy: every job for two steps on the few images of data set X
 #   JOBS=N, ON_CPU=1               so many jobs at once (default: one a GPU); full without a GPU
 set -euo pipefail; cd "$(dirname "$0")"
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=-1  # glibc keeps a batch's logits, 67 MB, for the next

@@ -68,8 +68,6 @@ and its text says 8-pixel patches where its parameter counts need 16. Here are o
 |  | paper | luckiest (n) | honest | difference | converged | verdict | made |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {sections[Table 5]}
-{sections[teachers]}
-
 ## Fig. 4: VGG11 distilled on n images (noise: Gaussian noise), probed on CIFAR10
 
 |  | paper | luckiest (n) | honest | difference | converged | verdict | made |
@@ -198,17 +196,12 @@ def deviation(numbers):
     return np.std(numbers, ddof=len(numbers) > 1)
 
 
-def compare(row, group, teachers_off):
-    """Cells beside a number of paper.csv: luckiest, honest, difference, converged and verdict.
-
-    `teachers_off` is how far each of Table 5's teachers is off, but for the ViTs; it grows.
-    """
+def compare(row, group):
+    """Cells beside a number of paper.csv: luckiest, honest, difference, converged and verdict."""
     ours, end = values(group, "best", row["probe"]), values(group, "end", row["probe"])
     if not ours:
         return "", "", "", "", "missing"
     difference = mean(ours) - float(row["value"])
-    if re.match(r"(vgg|resnet)\d+, teacher", row["row"]):
-        teachers_off.append(abs(difference))
     verdict = "higher" if difference > 0 else "lower"
     if abs(difference) <= max(2, 2 * deviation(ours)):
         verdict = "agrees"
@@ -437,7 +430,7 @@ def main(argv=None):
                       "`bash run_all.sh list` first, or name another directory")
 
     # The paper's numbers and claims beside ours
-    sections, notes, teachers_off, verdicts = defaultdict(str), {}, [], []
+    sections, notes, verdicts = defaultdict(str), {}, []
     for row in csv.DictReader(Path(__file__).with_name("paper.csv").read_text().splitlines()):
         groups = [results[name] for name in row["ours"].split("; ")]
         if row["artefact"] == "same runs":
@@ -448,7 +441,7 @@ def main(argv=None):
         groups = [[group[seed] for seed in seeds] for group in groups]
         runs = sum(groups, [])
         rule = globals().get(row["rule"])  # one of the functions above
-        *cells, verdict = judge(rule, groups) if rule else compare(row, *groups, teachers_off)
+        *cells, verdict = judge(rule, groups) if rule else compare(row, *groups)
         if any(run.get("remaining") for run in runs):
             verdict = "unfinished"
         verdicts.append(verdict)
@@ -457,11 +450,6 @@ def main(argv=None):
             f"| {verdict} | {cite(runs, notes)} |\n")
     summary = f"{len(verdicts)} rows: " + ", ".join(
         f"{verdicts.count(verdict)} {verdict}" for verdict in sorted(set(verdicts)))
-    if teachers_off:
-        sections["teachers"] = (
-            "Teachers but for the ViTs: mean absolute deviation from the paper "
-            f"{mean(teachers_off):.2f} points over {len(teachers_off)} architectures, the largest "
-            f"{max(teachers_off):.2f}.")
 
     # Our small runs, beside their own teachers
     for name, group in results.items():
