@@ -7,7 +7,8 @@
 
 Method: "Random Teachers are Good Teachers", Sarnthein et al., ICML 2023, arXiv 2302.12091. The
 file's first part is the idea: normalisation, models, the student's start, the loss, the training
-loop, and the experiment, which uses them all. A line says where it ends.
+loop, and the experiment, which uses them all. A line says where it ends. In shapes n counts images,
+B those of a batch, and s are the pixels of a side.
 """
 import argparse, fcntl, json, math, os, re, subprocess, sys, time, warnings, zlib
 from collections import namedtuple
@@ -65,9 +66,9 @@ def cifar_resnet(n_blocks, norm_layer):
 class ViT(nn.Module):
     """Vision transformer (Dosovitskiy et al. 2021) that applies one pre-norm layer twelve times.
 
-    That sharing and patches of 16 pixels fit the paper's parameter counts; its text says 8 pixels
-    (vit-*-p8). Emits the class token. In the paper's released code the heads of a token attend to
-    each other; here, as usual, tokens attend to tokens.
+    One layer for all twelve, and patches of 16 pixels, because only these have the paper's numbers
+    of parameters; its text says 8 pixels (vit-*-p8). Emits the class token. In the paper's released
+    code the heads of a token attend to each other; here, as usual, tokens attend to tokens.
     """
     def __init__(self, width, patch, image_size):
         super().__init__()
@@ -128,19 +129,20 @@ def autocast(device, amp):
 def embed(encoder, images, amp="off"):
     """(B, 3, s, s) normalised images -> (B, r) float32 embeddings.
 
-    Only the encoder runs in 16 bits. What the student learns from are differences of a few 1e-3
-    between its logits and the teacher's, and a bfloat16 near a typical logit, 1/16 (see Network),
-    has steps of 5e-4: from the embedding on, everything stays in float32.
+    Only the encoder runs in 16 bits. What the student will learn from are differences of a few 1e-3
+    between numbers of about 1/16, its logits and the teacher's; there bfloat16 has steps of 5e-4.
+    So from the embedding on everything stays in float32.
     """
     with autocast(images.device, amp):
         return encoder(images).float()
 
 
 # ---- Network = last layer ∘ projector ∘ encoder (App. E.1) ---------------------------------------
-# The paper's "L2 bottleneck" is where the projector ends and the last layer begins. We write it as
-# two codes, "lf/wl": the projector ends in l, a linear map, and f, which gives its output vector
-# length 1; the last layer is w, which gives the rows of its weight length 1, and l, the linear map
-# with that weight. Fig. 12 leaves some of the four out.
+# The paper's "L2 bottleneck" is where the projector ends and the last layer begins: two linear maps
+# A and W with a normalisation each, normalise(W) · normalise(A x). We write it as "lf/wl":
+#     l  a linear map: A, and after the slash W         w  the rows of W are divided by their length
+#     f  the vector A x is divided by its length
+# Fig. 12 leaves some of the four out.
 
 class L2Linear(nn.Module):
     """One half of the L2 bottleneck, (B, width) -> (B, out_dim); `code` has some of l, w and f."""
@@ -162,10 +164,10 @@ class Network(nn.Module):
     """Encoder (B, r), projector to vectors (B, 256), last layer to m = `out_dim` logits.
 
     With lf/wl a logit is the cosine of two vectors of 256 numbers, the image's and one of m rows:
-    about ±1/√256 = 1/16 in a random network, at most 1. So two networks' logits differ by at most
-    2, and their KL is at most 2 nats (Hoeffding's lemma); random pairs have 4e-3. The paper's text
-    says lf/wl; its released code computes lf/l, so that logits shrink by the rows' length,
-    0.02·√256 = 0.32 at the start, and the KL tenfold.
+    about ±1/√256 = 1/16 in a random network, at most 1. So two networks' logits differ by −2 to 2,
+    a range of 4, and their KL is at most 4²/8 = 2 nats (Hoeffding's lemma); random pairs have 4e-3.
+    The paper's text says lf/wl; its released code computes lf/l, so that logits shrink by the rows'
+    length, 0.02·√256 = 0.32 at the start, and the KL tenfold.
     """
     def __init__(self, arch, out_dim, image_size=32, norm="batch", l2_bottleneck="lf/wl"):
         super().__init__()
@@ -212,8 +214,8 @@ def init_student(teacher, independent, eps):
     the variance of the weights. Every parameter moves, as in the released code: norm weights, 1 in
     both networks, become (1+ε)/√(1+ε²), at most √2. Buffers (batch-norm statistics) stay fresh.
     Without batch norm ε = 0 is a fixed point: student and teacher agree, so the gradient is 0. The
-    paper's "α ≈ 0", ε = 1e-10, is below float32's resolution but for the smallest weights, of which
-    it changes the last bits: enough to leave it.
+    paper's "α ≈ 0" is ε = 1e-10. In float32 that changes the smallest weights alone, and of them
+    the last bits: enough to leave the fixed point.
     """
     scale = math.hypot(1, eps)
     for theta_t, theta in zip(teacher.parameters(), independent.parameters()):
@@ -235,10 +237,10 @@ class KLDivergence(torch.autograd.Function):
 
     Why not two log-softmaxes? Their entries sit near −11, too, and float32 rounding would eat most
     of the KL. With p the teacher's softmax and d = student − teacher logits, shifted so that
-    Σ p·d = 0, the student's softmax is p·e^d / Σ p·e^d, and the KL is log(1 + s) for
-    s = Σ p·(e^d − 1 − d). All its terms are ≥ 0, and computed from numbers of the size of d, a
-    thousandth, not of 11. The gradient, p_student − p, is p·(e^d − 1 − s)/(1 + s) by the same
-    algebra, and exactly 0 where the logits agree.
+    Σ p·d = 0 (a softmax does not see a shift), the student's softmax is p·e^d / Σ p·e^d, and the KL
+    is log(1 + s) for s = Σ p·(e^d − 1 − d). All its terms are ≥ 0, and computed from numbers of the
+    size of d, a thousandth, not of 11. The gradient, p_student − p, is p·(e^d − 1 − s)/(1 + s) by
+    the same algebra, over B for the batch's mean, and exactly 0 where the logits agree.
     """
     @staticmethod
     def forward(ctx, teacher_logits, student_logits):
@@ -258,7 +260,7 @@ class KLDivergence(torch.autograd.Function):
 
 
 def kl_by_log_softmax(teacher_logits, student_logits):
-    """The same KL as one usually writes it, kept for its rounding noise (README)."""
+    """The same KL as one usually writes it. Its rounding noise, too, leaves ε = 0's fixed point."""
     return F.kl_div(student_logits.log_softmax(1), teacher_logits.log_softmax(1),
                     reduction="batchmean", log_target=True)
 
@@ -301,11 +303,11 @@ def train(batch_loss, n, optimizer, *, steps, batch_size=256, seed=0, learning_r
 def teacher_vectors(teacher, images, stats, batch_size=256):
     """uint8 images (n, 3, s, s) -> what the teacher's projector makes of them: vectors (n, 256).
 
-    The teacher runs once. It is frozen, the images are not augmented, and in eval mode its output
-    for an image does not depend on the rest of the batch: so n vectors of 256 numbers hold all that
-    it will ever say (its n·m logits would take 13 GB), and a step costs no teacher encoder. They
-    are made in float32 also where the student's encoder runs in 16 bits: for ResNet20 that was
-    measured to do no harm (results/README.md).
+    The teacher runs once. It is frozen and in eval mode (below), where its output for an image does
+    not depend on the rest of the batch, and the images are not augmented: so n vectors of 256
+    numbers hold all that it will ever say (its n·m logits would take 13 GB), and a step costs no
+    teacher encoder. They are made in float32 also where the student's encoder runs in 16 bits: for
+    ResNet20 that was measured to do no harm (results/README.md).
     """
     return torch.cat([teacher.projector(embed(teacher.encoder, normalise(x, stats)))
                       for x in images.split(batch_size)])
@@ -378,10 +380,8 @@ def checksum(content):
 
 
 def read_checkpoint(path, script="distill.py"):
-    """What is in a run directory or .pt file of `script`, as a dict, with tensors on the CPU.
-
-    Raises Problem if it is missing, truncated, damaged or not one of ours. No pickled code runs, so
-    a stranger's file is safe.
+    """What a run directory or .pt file of `script` holds, as a dict with tensors on the CPU. Raises
+    Problem if that is missing, damaged or not one of ours; a stranger's file runs no code.
     """
     path = path / "last.pt" if path.is_dir() else path
     if not path.exists():
@@ -496,17 +496,17 @@ def load_data(name, image_size=32, device="cpu", n=None):
     elif file.exists():
         arrays, classes = npz_data(file)
     else:
-        script = name.split("-")[0] if name.startswith(MADE) else "folder"
-        raise Problem(f"no data set {name}: there is no {file}, which datasets/{script}.py makes")
+        script = name.split("-")[0]
+        raise Problem(f"no data set {name}: there is no {file}, which datasets/"
+                      f"{script if script in MADE else 'folder'}.py makes")
     x, y, test_x, test_y = (torch.from_numpy(array).to(device) for array in arrays)
     x, test_x = (resize(images.permute(0, 3, 1, 2), image_size) for images in (x, test_x))
     return Data(x, y.long(), test_x, test_y.long(), classes)
 
 
 def stratified_subset(x, y, n):
-    """n of N images x and labels y, from each class its share, rounded; all of them if n is None.
-
-    It looks at labels, as the paper's balanced subsets do (Fig. 4). Raises Problem if n exceeds N.
+    """n of the images x and labels y, from each class its share, as in the paper's balanced subsets
+    (Fig. 4), or all of them if n is None. Raises Problem if there are fewer.
     """
     if n in (None, len(y)):
         return x, y
@@ -531,8 +531,9 @@ def torchvision_data(name):
         train, test = (source("data", split, download=True)
                        for split in (("train", "test") if name == "stl10" else (True, False)))
     except Exception as error:
-        raise Problem(f"cannot download {source.url} ({str(error).splitlines()[:1]}): set "
-                      "DATA_MIRROR to the URL of a directory with it, or take --dataset leaves")
+        reason = str(error).partition("\n")[0]
+        raise Problem(f"cannot download {source.url} ({reason}): set DATA_MIRROR to the URL of a "
+                      "directory with it, or take --dataset leaves")
     return [np.stack(values) for part in (train, test) for values in zip(*part)], train.classes
 
 
@@ -540,8 +541,7 @@ def gaussian_noise(n, image_size):
     """The paper's control (Fig. 4): σ = 1 after normalisation; 8 bits hold ±4σ in 32nds of σ."""
     pixels = np.random.default_rng(0).standard_normal((n, 3, image_size, image_size), np.float32)
     x = (pixels * 32 + 128).round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    y = np.zeros(n, np.int64)
-    return x, y, x[:0], y[:0]
+    return x, np.zeros(n, np.int64), x[:0], np.zeros(0, np.int64)
 
 
 def npz_data(path):
@@ -550,7 +550,7 @@ def npz_data(path):
     """
     try:
         with np.load(path) as file:
-            *arrays, classes = (file[name] for name in Data._fields)
+            *arrays, classes = (file[name].astype(file[name].dtype.type) for name in Data._fields)
         for x, y in (arrays[:2], arrays[2:]):
             n, size = x.shape[:2]
             # bincount wants whole numbers from 0 on
@@ -559,7 +559,7 @@ def npz_data(path):
                 raise ValueError(f"images {x.dtype} {x.shape}, labels {y.dtype} {y.shape}")
     except Exception as error:
         raise Problem(f"{path} is no data set ({error}): make it again") from None
-    return [np.asarray(array, array.dtype.newbyteorder("=")) for array in arrays], classes.tolist()
+    return arrays, classes.tolist()
 
 
 # ---- Machine and options -------------------------------------------------------------------------
@@ -571,16 +571,14 @@ CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() el
 def pick_device(name):
     """The torch.device for --device auto, cpu or cuda. Raises Problem where there is no CUDA."""
     torch.backends.cudnn.benchmark = True  # batches of one shape: find the fastest convolution
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # rounds
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # no rounding
     if name == "cuda" and not torch.cuda.is_available():
         raise Problem("--device cuda, but torch sees no CUDA device here: use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def pick_amp(amp, device, arch, norm="batch"):
-    """Resolve --amp auto: bf16 where the hardware is fast at it, but off without batch norm, where
-    VGG11 hardly learned in it (results/README.md).
-    """
+    """What "auto" is: bf16 where it is fast; without batch norm, where VGG11 failed in it, off."""
     fast = re.search("amx_bf16|avx512_bf16", CPUINFO)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -597,10 +595,10 @@ def provenance(device, checkpoint=None):
     git = (f"cd '{Path(__file__).parent}' && git ls-files --error-unmatch distill.py >/dev/null "
            "2>&1 && git describe --always --dirty --exclude='*'")
     made = {"hardware": hardware, "torch": str(torch.__version__),
-            "commit": subprocess.getoutput(git)}
+            "commit": subprocess.getoutput(git) or "?"}
     before = checkpoint["config"]["provenance"] if checkpoint else made
-    return {name: before[name] if before[name].endswith(value) else f"{before[name]}, then {value}"
-            for name, value in made.items()}
+    return {name: old if old.split(", then ")[-1] == made[name] else f"{old}, then {made[name]}"
+            for name, old in before.items()}
 
 
 def new_parser(doc, prog=None):
@@ -645,8 +643,8 @@ def parse_args(argv=None):
             ("--dataset", "cifar10", str, f"{', '.join(DOWNLOADS)}; {', '.join(MADE)}, from the "
              "scripts in datasets/; noise; a .npz file, say of your images by datasets/folder.py"),
             ("--probe-dataset", None, str, "labelled data for the probes; None: --dataset"),
-            ("--n-samples", None, POSITIVE, "training images, each class in its share; None: all"),
-            ("--image-size", 32, between(16, 2**31), "pixels a side, of the image's middle square"),
+            ("--n-samples", None, POSITIVE, "images to distil on, each class in its share"),
+            ("--image-size", 32, between(16, 2**31), "pixels a side, to which images are scaled"),
             ("--out-dim", 2**16, POSITIVE, "number of logits m; 1024 spares a CPU much (Fig. 10)"),
             ("--teacher", None, str, "run whose student is the teacher: a second round (Fig. 18)"),
             ("--epochs", 100, POSITIVE, "passes over the training images"),
@@ -666,6 +664,8 @@ def parse_args(argv=None):
         parser.error("VGGs and ViTs want an --image-size that is a multiple of 32")
     if args.norm != "batch" and not args.arch.startswith("resnet"):
         parser.error("--norm is for ResNets: VGG has no norm, and a ViT has its own")
+    if args.l2_bottleneck == "lf/":
+        args.out_dim = 256  # the vectors are the logits
     dataset = Path(args.dataset).name.removesuffix(".npz")
     args.out = args.out or Path(f"runs/{dataset}-{args.arch}-eps{args.init_eps:g}-seed{args.seed}")
     return args
@@ -683,7 +683,7 @@ def constant_student_kl(teacher, images, n=1000):
 
 
 def save_run(out, config, log, state):
-    """Write last.pt, and best.pt, where Fig. 9 starts, if no probe was above the last (paper)."""
+    """Write last.pt, and best.pt, where Fig. 9 starts, if the last linear probe is the best yet."""
     content = {name: part.state_dict() for name, part in state.items()}
     content |= {"format": "distill.py 4", "config": config, "step": log[-1]["step"], "log": log}
     probed = [row for row in log[1:] if "linear_paper" in row]
@@ -693,7 +693,7 @@ def save_run(out, config, log, state):
 
 
 def show(row):
-    """Print a row of the log: the KL in nats, the distance from the start, the probes in %."""
+    """Print a row of the log: loss in nats, distance from the start, images/s, probes in %."""
     say(", ".join(f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}"
                   for name, value in row.items()))
 
@@ -701,12 +701,12 @@ def show(row):
 def networks_at_start(args, checkpoint):
     """(teacher, student) before the first step, also where a run goes on: distances are from there.
 
-    Their seeds, 2s and 2s + 1, are no other run's: networks that should be independent are.
+    Of seed s their seeds are 2s and 2s + 1, so that no two runs share a network by accident.
     """
     settings = {name: getattr(args, name) for name in NETWORK_SETTINGS}
     teacher = random_network(2 * args.seed, **settings)
     if checkpoint:
-        teacher, *_ = load_checkpoint(args.out)
+        teacher.load_state_dict(checkpoint["teacher"])
     elif args.teacher:
         _, teacher, first_round = load_checkpoint(args.teacher)
         check_same(args.teacher, first_round, settings)
@@ -721,7 +721,6 @@ def main(argv=None):
 
 
 def run(args, checkpoint):
-    """Prepare, distil, and between the steps log, probe and save."""
     from probe import evaluate  # here, because probe.py imports this file
     device = pick_device(args.device)
     args.amp = pick_amp(args.amp, device, args.arch, args.norm)
@@ -749,6 +748,9 @@ def run(args, checkpoint):
     parameters_0 = [p.detach().clone() for p in student.parameters()]
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0, fused=True)
     state = {"teacher": teacher, "student": student, "optimizer": optimizer}
+    if checkpoint:
+        student.load_state_dict(checkpoint["student"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
     say(f"{args.arch} on {args.dataset}: {len(images):,} images, {steps:,} steps of "
         f"{args.batch_size}, m={args.out_dim:,}, ε={args.init_eps:g}, seed {args.seed}, "
         f"{device.type}, amp {args.amp} -> {args.out}")
@@ -760,8 +762,6 @@ def run(args, checkpoint):
 
     if checkpoint:
         config, log = checkpoint["config"] | config, checkpoint["log"]
-        student.load_state_dict(checkpoint["student"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
     else:
         config["teacher_probes"] = evaluate(teacher.encoder, probe_data)
         log = [{"step": 0, "epoch": 0.0, "loss": math.nan, "distance": 0.0, "images_per_s": 0}]

@@ -2,7 +2,7 @@
 """How good are the features? Probes and controls of raw pixels, random teachers and students.
 
     python probe.py runs/cifar10-resnet18-eps0-seed0              a run, on the data of that run
-    python probe.py runs/quick/*                                  several, side by side
+    python probe.py runs/quick/*/                                 several, side by side
     python probe.py runs/tiny-run/best.pt --dataset cifar10       transfer (Tables 2 and 4)
     python probe.py --teacher vgg11 resnet18 --dataset cifar10    random teachers, no run needed
 
@@ -122,7 +122,7 @@ def knn_probe(x, y, test_x, test_y, n_classes, k=20):
 # ---- What they probe -----------------------------------------------------------------------------
 
 @torch.no_grad()
-def extract_features(encoder, data, amp="off"):
+def extract_features(encoder, data):
     """float32 embeddings (n, r) of the training and the test images of `data`, by `encoder` in eval
     mode; images are normalised by the training part's statistics. Raises Problem if not finite.
     """
@@ -130,7 +130,7 @@ def extract_features(encoder, data, amp="off"):
     # a CPU is faster with less at once (ResNet20: 1.5 times), to the same bits
     batch_size = 500 if data.train_x.is_cuda else 100
     encoder.eval()
-    features = [torch.cat([embed(encoder, normalise(batch, stats), amp)
+    features = [torch.cat([embed(encoder, normalise(batch, stats))
                            for batch in images.split(batch_size)])
                 for images in (data.train_x, data.test_x)]
     encoder.train(was_training)
@@ -141,16 +141,33 @@ def extract_features(encoder, data, amp="off"):
 
 
 def spread(x):
-    """{"cosine", "directions"}: do the embeddings (n, r) point one way? In float64.
+    """{"cosine", "directions"}: do the features (n, r) point one way? In float64.
 
-    `cosine`, of two images' embeddings, is 1 on average if they all do. `directions`, 1 to r, is
-    the participation ratio (Σλ)²/Σλ² of their covariance's eigenvalues λ: how many directions carry
-    the variance. Neither knows what the directions tell apart.
+    `cosine`, of two images' features, is 1 on average if they all do. `directions`, 1 to r, is the
+    participation ratio (Σλ)²/Σλ² of their covariance's eigenvalues λ: how many directions carry the
+    variance, 0 if there is none. Neither knows what the directions tell apart.
     """
     x, n = x.double(), len(x)
-    covariance = x.T.cov()
-    return {"cosine": ((F.normalize(x).sum(0).square().sum() - n) / (n * (n - 1))).item(),
-            "directions": (covariance.trace() ** 2 / covariance.square().sum()).item()}
+    total = F.normalize(x).sum(0).square().sum()  # of all n² cosines, n of them of an image itself
+    x = x - x.mean(0)
+    gram = x @ x.T  # has the eigenvalues of the covariance, but for a factor
+    return {"cosine": ((total - n) / (n * (n - 1))).item(),
+            "directions": (gram.trace() ** 2 / gram.square().sum().clamp(min=1e-99)).item()}
+
+
+@torch.no_grad()
+def spread_along_depth(encoder, data):
+    """The `spread` of every 20th test image after each ReLU, or transformer layer, of an encoder in
+    eval mode: a list, from the first to the last; what a layer hands on is one vector (c·h·w,).
+    """
+    found = []
+    hooks = [module.register_forward_hook(lambda *call: found.append(spread(call[2].flatten(1))))
+             for module in encoder.modules()
+             if isinstance(module, (nn.ReLU, nn.TransformerEncoderLayer))]
+    embed(encoder.eval(), normalise(data.test_x[::20], channel_stats(data.train_x)))
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def judge(x, test_x, data, seeds=(0,)):
@@ -193,15 +210,17 @@ def calibrated(encoder, data, n=5000):
 
 def whitened(x, test_x, ridge=0.1):
     """Both (n, r) turned to the principal axes of `x`, the training part, and divided along each by
-    √(λ + ridge·mean λ), λ being the variance of `x` along it.
+    √(λ + ridge·mean λ), λ being the variance of `x` along it; axes of mere rounding are 0.
 
     A control, as `standardised` is: a linear map that is learnt without labels, and trains no
-    network. Without the ridge, axes of hardly more than noise would count as much as the first, and
-    k-NN, which cannot weigh them, would drown (results/README.md tries others).
+    network. The ridge keeps axes of hardly any variance from counting as much as the first. Linear
+    probes hardly depend on it, and the converged one, which standardises again, does not see it;
+    k-NN, which cannot weigh axes, does (results/README.md tries others).
     """
     mean, covariance = x.double().mean(0), x.T.double().cov()
     variance, axes = torch.linalg.eigh(covariance)
     scaled = axes / (variance + ridge * variance.mean()).sqrt()
+    scaled[:, variance <= 1e-9 * variance.max()] = 0
     return tuple(((part - mean) @ scaled).float() for part in (x, test_x))
 
 
@@ -210,24 +229,23 @@ TREATMENTS = {"": lambda *parts: parts, ", standardised": standardised, ", white
 
 def encoders_of(args, runs, data):
     """Yield (name, encoder, name of the teacher it is compared with) of all to be probed."""
-    def random(name, encoder):
+    def with_calibrated(name, encoder):
         """A random teacher, and the same with calibrated batch norm, if it has any."""
         yield name, encoder, None
-        if any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules()):
+        if "BatchNorm" in str(encoder):
             yield f"{name}, calibrated", calibrated(encoder, data), name
 
     yield "raw pixels", nn.Flatten(), None
-    for arch, seed in itertools.product(args.teacher or (), args.seeds):
+    for arch, seed in itertools.product(args.teacher, args.seeds):
         encoder = random_network(2 * seed, arch, 1, data.train_x.shape[-1]).encoder
-        yield from random(f"teacher {arch} seed {seed}", encoder)
+        yield from with_calibrated(f"teacher {arch} seed {seed}", encoder)
     probed = set()  # runs may share a teacher
     for path, (teacher, student, config) in runs.items():
-        norm = f" {config['norm']} norm" * (config["norm"] != "batch")
-        name = f"teacher {config['arch']}{norm} seed {config['seed']}"
-        if config["teacher"]:
+        name = f"teacher {config['arch']} seed {config['seed']}"
+        if config["teacher"] or config["norm"] != "batch":
             name = f"teacher of {path}"
         if name not in probed:
-            yield from random(name, teacher.encoder)
+            yield from with_calibrated(name, teacher.encoder)
         probed.add(name)
         which = "" if path.name == "best.pt" else progress(config)
         yield f"student {path}{which}", student.encoder, name
@@ -239,8 +257,8 @@ def parse_args(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, help="run directories of distill.py, or checkpoint files")
-    add("--teacher", nargs="+", choices=EMBEDDING_WIDTH, metavar="ARCH", help="probe random "
-        f"teachers of these kinds, without a run: {', '.join(EMBEDDING_WIDTH)}")
+    add("--teacher", nargs="+", default=[], choices=EMBEDDING_WIDTH, metavar="ARCH", help="probe "
+        f"random teachers of these kinds, without a run: {', '.join(EMBEDDING_WIDTH)}")
     add("--seeds", nargs="+", default=[0], type=SEED, metavar="SEED", help="of the random "
         "teachers: those of distill.py's runs with the same --seed")
     add("--dataset", help=f"data to probe on: {', '.join(DOWNLOADS + MADE)} or a .npz file; None: "
@@ -249,7 +267,6 @@ def parse_args(argv=None):
         "initial weights and an order of the images of its own")
     add("--json", type=Path, help="also write every number to this file")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda if there")
-    add("--amp", default="off", choices=("bf16", "off"), help="16-bit encoder")
     args = parser.parse_args(argv)
     if bool(args.runs) == bool(args.teacher) or args.teacher and not args.dataset:
         parser.error("name one or more run directories, or --teacher ARCH --dataset DATA")
@@ -273,29 +290,30 @@ def main(argv=None):
     data = load_data(dataset, image_size, device)
     if len(data.test_y) == 0:
         raise Problem(f"{dataset} has no labels to probe: name a labelled data set with --dataset")
-    measured_on = {"dataset": dataset, "image_size": image_size, "train_images": len(data.train_y),
-                   "test_images": len(data.test_y), "amp": args.amp, "draws": args.draws,
+    measured_on = {"dataset": dataset, "train_images": len(data.train_y),
+                   "test_images": len(data.test_y), "amp": "off", "draws": args.draws,
                    "provenance": provenance(device)}
 
     say(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, "
-        f"{len(data.classes)} classes, {device.type}. Test accuracy in %, and in brackets the gain "
-        "over the teacher that\nwas treated alike. linear (paper): the mean and the luckiest of "
-        f"{args.draws} draws; the paper shows the luckiest of 100 to 150.\n")
-    columns = {"linear_paper_mean": "linear (paper)", "linear_paper_max": "luckiest draw",
-               "linear_converged": "converged", "knn": "k-NN (k=20)"}
-    say(f"{'':36}" + "".join(f"{title:>16}" for title in columns.values()) + "  cosine  directions")
+        f"{len(data.classes)} classes, {device.type}.\n"
+        "Test accuracy in %; in brackets the gain over the teacher treated alike. paper: its linear\n"
+        f"probe, mean of {args.draws} draws; luckiest: of these (the paper: of 100 to 150).\n")
+    columns = {"linear_paper_mean": "paper", "linear_paper_max": "luckiest",
+               "linear_converged": "converged", "knn": "k-NN"}
+    line = "{:36}" + 4 * "{:>15}" + "{:>8}{:>12}"
+    say(line.format("", *columns.values(), "cosine", "directions"))
     found = {}
     for name, encoder, teacher in encoders_of(args, runs, data):
-        features = extract_features(encoder.to(device), data, args.amp)
+        features = extract_features(encoder.to(device), data)
         for treatment, treat in TREATMENTS.items():
-            row = found[name + treatment] = measured_on | judge(
-                *treat(*features), data, range(args.draws))
-            cells = [f"{row[key]:.2f}" for key in columns]
-            if teacher:
-                cells = [f"{cell} ({row[key] - found[teacher + treatment][key]:+.2f})"
-                         for key, cell in zip(columns, cells)]
-            say(f"{treatment.replace(',', ' ') or name:36}" + "".join(map("{:>16}".format, cells))
-                + f"{row['cosine']:8.3f}{row['directions']:12.2f}")
+            row = judge(*treat(*features), data, range(args.draws))
+            gains = [f" ({row[key] - found[teacher + treatment][key]:+.2f})" if teacher else ""
+                     for key in columns]
+            say(line.format(treatment.replace(",", " ") or name,
+                            *(f"{row[key]:.2f}{gain}" for key, gain in zip(columns, gains)),
+                            f"{row['cosine']:.3f}", f"{row['directions']:.2f}"))
+            found[name + treatment] = row | measured_on
+        found[name]["along_depth"] = spread_along_depth(encoder, data)
     if args.json:
         save(args.json, found)
 

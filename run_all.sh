@@ -24,7 +24,7 @@ assert sys.version_info >= (3, 10) and torch.__version__ >= (2, 4)'
     "$PY" -m pip install --quiet -r requirements.txt || fail "pip could not install requirements.txt; run this again"
 }
 quick() {  # what is done is skipped, what was interrupted goes on, and a student that went on is probed again
-    local student="$PY distill.py --arch resnet20 --out-dim 1024 --batch-size 128 --steps 400 --eval-every 200 --resume"
+    local student="$PY distill.py --arch resnet20 --out-dim 1024 --batch-size 128 --steps 400 --eval-every 100 --resume"
     local out=runs/quick start run
     made leaves leaves
     $student --dataset leaves --init-eps 0 --out $out/eps0 "$@"

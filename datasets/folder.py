@@ -47,8 +47,10 @@ def main(argv=None):
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", type=int, default=32, help="pixels a side")
     args = parser.parse_args(argv)
-    test = args.folder / ("test" if (args.folder / "test").is_dir() else "val")
-    make_npz(args.folder.resolve().name, args.folder / "train", test, args.size)
+    name, test = args.folder.resolve().name, args.folder / "test"
+    if name in "cifar10 cifar100 stl10 noise leaves tinyimagenet".split():
+        sys.exit(f"{name} is the name of another data set: rename {args.folder}")
+    make_npz(name, args.folder / "train", test if test.is_dir() else args.folder / "val", args.size)
 
 
 if __name__ == "__main__":
