@@ -79,12 +79,6 @@ def error_along_line(a, b, ts, test_error):
                                  for name, p in a.items()}) for t in ts])
 
 
-def mean_std(values):
-    """12.34 ± 0.56 as text, without the deviation for a single value."""
-    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{spread}"
-
-
 def barrier(errors):
     """Highest error on a line minus the mean of its ends, in the unit of `errors` (..., points)."""
     return errors.max(-1) - errors[..., [0, -1]].mean(-1)
@@ -92,7 +86,8 @@ def barrier(errors):
 
 def summary(errors):
     """Test errors in % (pairs, points) of several lines, in words."""
-    return f"barrier {mean_std(barrier(errors))} points, {len(errors)} pairs"
+    found = barrier(errors)
+    return f"barrier {found.mean():.1f} points ({found.min():.1f} to {found.max():.1f})"
 
 
 # ---- Data and files ------------------------------------------------------------------------------
@@ -413,15 +408,10 @@ def plot(argv):
     add = parser.add_argument
     add("file", type=Path, help=".npz file of plane or of connect")
     add("--figure", type=Path, help="the picture: .png, .pdf or .svg; None: beside the file")
-    add("--kl-range", type=between(1e-300, math.inf, float), nargs=2, metavar=("LOW", "HIGH"),
-        help="ends of the colours for the KL; the paper's are 1e-7 1e-3, with the released last "
-        "layer; None: from the data")
-    add("--accuracy-range", type=between(0, 100, float), nargs=2, metavar=("LOW", "HIGH"),
-        help="ends of the colours for accuracy in %%; the paper's are 10 50; None: from the data")
     args = parser.parse_args(argv)
     config, arrays = read_npz(args.file)
-    figure = draw_plane(config, arrays, args) if "kl" in arrays else draw_lines(arrays)
-    figure.suptitle(describe(config), fontsize=10)
+    figure = draw_plane(config, arrays) if "kl" in arrays else draw_lines(arrays)
+    figure.suptitle(describe(config))
     picture = args.figure or args.file.with_suffix(".png")
     save(picture, lambda temporary: figure.savefig(temporary, dpi=150))
     say(f"the picture: {picture}")
@@ -431,56 +421,60 @@ def describe(config):
     """Network, number of images and what was done, in words."""
     distilled, done = config["distilled"], f"{config.get('epochs')} epochs of fine-tuning"
     if "view" in config:
-        encoders = " of encoders" * config["encoder_only"]
-        done = f"{config['view']} view{encoders}, m = {distilled['out_dim']:,}; white lines: ‖θ‖"
-    released = ", released last layer" * (distilled["l2_bottleneck"] == "lf/l")
-    images = f"{config['n_images']:,} images of {Path(config['dataset']).name}"
-    return f"{distilled['arch']}{released}, {images}; {done}"
+        points = {"shared": "two students", "non-local": "its student's start and end"}
+        encoders = " (encoders)" * config["encoder_only"]
+        done = (f"a plane through the teacher and {points[config['view']]}{encoders}, "
+                f"α = ε/(1+ε) in brackets; white: ‖θ‖")
+    return (f"{distilled['arch']} ({distilled['l2_bottleneck']}, m = {distilled['out_dim']:,}), "
+            f"{config['n_images']:,} images of {Path(config['dataset']).name}; {done}")
 
 
-def draw_plane(config, arrays, args):
+def draw_plane(config, arrays):
     """A panel for every quantity; white contours of ‖θ‖ and the three anchors (Fig. 5)."""
     from matplotlib import colors, pyplot
     done, total = len(arrays["kl"]), len(arrays["points"])
     if done < total:
-        raise Problem(f"{args.file} holds {done} of {total} points: finish it with --resume first")
+        raise Problem(f"only {done} of {total} points are measured: finish it with --resume first")
     figure, axes = pyplot.subplots(1, 3, figsize=(12.5, 4), layout="constrained")
     x, y = arrays["x"], arrays["y"]
     for axis, (quantity, label) in zip(axes, QUANTITIES.items()):
         values, length = (arrays[name][3:].reshape(len(y), len(x)) for name in (quantity, "length"))
-        scale = colors.Normalize(*sorted(args.accuracy_range or (values.min(), values.max())),
-                                 clip=True)
+        bright = {"cmap": "viridis"}  # is good, in all panels
         if quantity == "kl":
             positive = values[values > 0]  # none where m = 1
             extremes = np.quantile(positive, (0.005, 0.995)) if positive.size else (1e-7, 1e-3)
-            scale = colors.LogNorm(*sorted(args.kl_range or extremes), clip=True)
-        mesh = axis.pcolormesh(x, y, values, norm=scale)
+            bright = {"cmap": "viridis_r", "norm": colors.LogNorm(*extremes, clip=True)}
+        mesh = axis.pcolormesh(x, y, values, **bright)
         figure.colorbar(mesh, ax=axis, label=label)
         axis.clabel(axis.contour(x, y, length, 6, colors="white", linewidths=0.8))
         axis.autoscale(False)  # anchors beyond a crop do not widen it
-        for point, name, marker in zip(arrays["points"], arrays["anchors"], "*os"):
+        # the grid misses the anchors: here are their own colours
+        axis.scatter(*arrays["points"][:3].T, 80, arrays[quantity][:3], edgecolors="white",
+                     zorder=3, norm=mesh.norm, cmap=mesh.cmap)
+        for point, name in zip(arrays["points"], arrays["anchors"]):
             symbol = str(name).replace("*_S", "_S^*").replace("θ", r"\theta")
-            axis.plot(*point, marker, color="black", markeredgecolor="white", markersize=9)
             axis.annotate(f"${symbol}$", point, (7, 5), textcoords="offset points", fontsize=12,
                           clip_on=True, bbox={"color": "white", "alpha": 0.6, "pad": 1})
-        axis.set_xlabel(f"steps to {arrays['anchors'][1]}")
+        axis.set(xlabel=f"steps to {arrays['anchors'][1]}", ylabel=f"to {arrays['anchors'][2]}")
         if config["axes"] == "orthonormal":
-            axis.set(aspect="equal", xlabel="distance in weight space")
+            axis.set(aspect="equal", xlabel="distance in weight space", ylabel="distance")
     return figure
 
 
 def draw_lines(arrays):
-    """Test error between fine-tuned copies: every pair a thin line, their mean a thick one (Fig.
-    9).
-    """
+    """Test error between fine-tuned copies of a start (Fig. 9)."""
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 2, figsize=(7, 3.6), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(7.5, 4), sharey=True, layout="constrained")
     for axis, title, errors in zip(axes, STARTS, arrays["error"]):
+        mean = errors.mean(0)
         axis.plot(arrays["t"], errors.T, color="grey")
-        axis.plot(arrays["t"], errors.mean(0), linewidth=2.5)
+        axis.plot(arrays["t"], mean, linewidth=2.5)
+        top = arrays["t"][mean.argmax()]
+        axis.annotate("barrier", (top, mean.max()), (top, (mean[0] + mean[-1]) / 2), ha="center",
+                      arrowprops={"arrowstyle": "<-"})
         say(f"{title}: {summary(errors)}")
-        axis.set(title=f"{title}\n{summary(errors)}", xlabel="position on the line",
-                 ylabel="test error (%)")
+        axis.set(title=f"copies of the {title}\n{summary(errors)}", ylabel="test error (%)",
+                 xlabel=f"from copy (0) to copy (1)\n{len(errors)} pairs; thick: their mean")
     return figure
 
 

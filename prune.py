@@ -306,12 +306,12 @@ def read_curve(folder):
         with open(folder / "log.csv", newline="") as file:
             curve = {float(row["weights_left"]): float(row["best_accuracy"])
                      for row in csv.DictReader(file)}
-        unfinished = f", {len(curve) - 1} of {config['rounds']} rounds"
-        return (f"{config['init']}, rewound to epoch {config['rewind_epoch']}"
-                + ", random masks" * bool(config["control"])
-                + unfinished * (len(curve) <= config["rounds"]),
+        ends = f", {len(curve) - 1} of {config['rounds']} rounds" * (len(curve) <= config["rounds"])
+        return (f"{config['init']}, ℓ = {config['rewind_epoch']}, {config['epochs']} epochs"
+                + ", random masks" * bool(config["control"]) + ends,
                 f"{config['distilled']['arch']}, {config['n_images']:,} images of "
-                f"{Path(config['dataset']).name}, {config['epochs']} epochs a round", curve)
+                f"{Path(config['dataset']).name}"
+                + f"; {config['rate']:.0%} pruned a round" * (config["rounds"] > 0), curve)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise Problem(f"{folder} holds no readable curve ({error!r}): leave it out, or prune "
                       "again") from None
@@ -325,18 +325,18 @@ def plot(argv):
     parser.add_argument("--figure", type=Path, help=".png, .pdf or .svg; None: tickets.png in the "
                         "first of them")
     args = parser.parse_args(argv)
-    folders = {}  # none of them twice
+    folders = []
     for path in args.runs:
         inside = [path] if (path / "config.json").exists() else [
             config.parent for config in sorted(path.glob("*/config.json"))]
         if not inside:
             raise Problem(f"no pruning curve in {path}: let prune.py finish a round, or name the "
                           "directory of a curve")
-        folders |= {folder.resolve(): folder for folder in inside}
-    kinds, titles, curves = zip(*map(read_curve, folders.values()))
+        folders += inside
+    kinds, titles, curves = zip(*map(read_curve, folders))
 
     say("best epoch's test accuracy in %")
-    for i, (folder, kind) in enumerate(zip(folders.values(), kinds), 1):
+    for i, (folder, kind) in enumerate(zip(folders, kinds), 1):
         say(f"  [{i}] {kind} ({folder})")
     say("weights left (%)" + "".join(f"{f'[{i}]':>10}" for i in range(1, len(curves) + 1)))
     levels = sorted(set().union(*curves), reverse=True)
@@ -346,20 +346,21 @@ def plot(argv):
 
     from matplotlib import pyplot  # here, so that the numbers come out without it
     figure, axis = pyplot.subplots(figsize=(7, 4.6), layout="constrained")
-    styles = {kind: {"color": f"C{i}", "marker": "osD^vP*X"[i % 8]}  # repeats look alike
-              for i, kind in enumerate(sorted(set(kinds)))}
-    for kind, curve in zip(kinds, curves):
-        axis.plot(*zip(*curve.items()), **styles[kind], linewidth=1,
-                  linestyle="--" if "random masks" in kind else "-")
-    for kind, style in styles.items():
-        axis.plot([], [], **style, label=f"{kind} (n={kinds.count(kind)})")
-    ticks = levels[::2]  # with 100 %
+    for i, kind in enumerate(sorted(set(kinds))):  # repeats look alike
+        for curve in itertools.compress(curves, [kind == other for other in kinds]):
+            axis.plot(*zip(*curve.items()), label=kind, marker="osD^vP*X"[i % 8],
+                      color=f"C{i}", linestyle="--" if "random" in kind else "-")
+            if len(curve) == 1:  # no pruning: for comparison
+                axis.axhline(*curve.values(), color=f"C{i}", linestyle=":")
+    handles, labels = axis.get_legend_handles_labels()
+    ticks = levels[::math.ceil(len(levels) / 9)]  # with 100 %
     axis.set(xscale="log", xlabel="weights left (%)", ylabel="test accuracy, best epoch (%)",
-             title="\n".join(sorted(set(titles))))
+             title=max(titles, key=len))
     axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axis.set_xticks([], minor=True)
     axis.invert_xaxis()
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    one_of_each = dict(zip(labels, handles))
+    figure.legend(one_of_each.values(), one_of_each, loc="outside lower center", ncols=2)
     picture = args.figure or args.runs[0] / "tickets.png"
     save(picture, lambda temporary: figure.savefig(temporary, dpi=150))
     say(f"the picture: {picture}")

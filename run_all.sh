@@ -157,17 +157,16 @@ run() {  # STAGES: all their jobs, as many at once as there are GPUs; the report
     (report) || echo "${TOY:+TOY=$TOY }bash run_all.sh report" >>$LOGS/failed
     [ ! -s $LOGS/failed ] || fail "$(wc -l <$LOGS/failed) jobs did not end well; run this again, or them: $LOGS/failed"
 }
-plot() { [ $# -lt 4 ] || "$PY" $1 plot --figure $figures/$3.png $2 "${@:4}" || true; }  # SCRIPT, OPTIONS, NAME, FILES
+plot() { [ $# -lt 3 ] || "$PY" $1 plot --figure $figures/$2.png "${@:3}" || true; }  # SCRIPT, NAME, FILES
 report() {  # [DIR with paper/ or mini/ in it]; a picture that cannot be drawn says why and stops no other
-    local root=${1:-runs${TOY:+/toy}} to=${TOY:+runs/toy/} file range; local figures=${to}figures/report
+    local root=${1:-runs${TOY:+/toy}} to=${TOY:+runs/toy/} file; local figures=${to}figures/report
     [ -d "$root/paper" ] || [ -d "$root/mini" ] || fail "$root holds neither paper/ nor mini/: run jobs of \`list\`"
     rm -f $figures/*.png; shopt -s nullglob  # what another report has left; no file, no word
     set -- "$root"/paper/cifar10-resnet18-seed*/prune-*/config.json
-    plot prune.py "" fig8 "${@%/config.json}"
+    plot prune.py fig8 "${@%/config.json}"
     for file in "$root"/paper/*/connect/connect.npz; do
-        file=${file%/connect/*}; plot landscape.py "" fig9-${file##*-} $file/connect/connect.npz; done
-    for file in "$root"/paper/fig{5,13,14,15,16}-*.npz; do range="1e-6 1"; case $file in *fig5*) range="1e-7 1e-3" ;; esac
-        plot landscape.py "--kl-range $range --accuracy-range 10 50" "$(basename "$file" .npz)" "$file"; done  # the paper's
+        file=${file%/connect/*}; plot landscape.py fig9-${file##*-} $file/connect/connect.npz; done
+    for file in "$root"/paper/fig{5,13,14,15,16}-*.npz; do plot landscape.py "$(basename "$file" .npz)" "$file"; done
     "$PY" -m results.report "$root" --out ${to:-results/}REPORT.md --figures $figures
 }
 case ${1:-full} in

@@ -1082,7 +1082,7 @@ def test_fine_tuning_learns(here):
 
 
 def test_plot_draws_every_curve_from_its_log_alone(here, capsys):
-    # None is averaged with another, and one that is named twice is drawn once
+    # None is averaged with another
     prune_run("made", "--rounds 0")
     config = strict_json("made/config.json")
     for curve_of in """\
@@ -1095,14 +1095,14 @@ def test_plot_draws_every_curve_from_its_log_alone(here, capsys):
         save(Path(out, "log.csv"), [
             {"weights_left": 100 * 0.8**i, "best_accuracy": score} for i, score in enumerate(best)])
     capsys.readouterr()
-    do("prune plot 0 1 0/prune-a --figure f.png")  # one twice
+    do("prune plot 0 1 --figure f.png")
     Image.open("f.png")
     assert capsys.readouterr().out.startswith("""\
 best epoch's test accuracy in %
-  [1] student, rewound to epoch 0 (0/prune-a)
-  [2] teacher, rewound to epoch 0 (0/prune-b)
-  [3] student, rewound to epoch 0, random masks (0/prune-c)
-  [4] student, rewound to epoch 0, 2 of 9 rounds (1)
+  [1] student, ℓ = 0, 3 epochs (0/prune-a)
+  [2] teacher, ℓ = 0, 3 epochs (0/prune-b)
+  [3] student, ℓ = 0, 3 epochs, random masks (0/prune-c)
+  [4] student, ℓ = 0, 3 epochs, 2 of 9 rounds (1)
 weights left (%)       [1]       [2]       [3]       [4]
           100.00     60.00     60.00     61.00     70.00
            80.00     50.00     40.00     30.00     71.00
@@ -1202,7 +1202,7 @@ def test_pictures_are_drawn_from_the_npz(here):
     for eps in ("1", "inf"):  # one logit: no KL anywhere
         run(f"--steps 1 --out-dim 1 --init-eps {eps}", eps)
     assert not plane("zero.npz", "1 inf")["kl"].any()
-    for words in ("a.npz", "b.npz", "b.npz --kl-range 1e-9 1", "zero.npz", "c/connect.npz"):
+    for words in ("a.npz", "b.npz", "zero.npz", "c/connect.npz"):
         do(f"landscape plot {words} --figure f.png")
         assert Path("f.png").stat().st_size > 10_000
         Path("f.png").unlink()
@@ -1394,7 +1394,7 @@ not finished: cifar10-vgg11-seed0 (1 to go)
 , 2 steps of 3, m = 4 (1 to go), 1 probes, amp off
 [1] cifar10, 9 images, 2 steps of 3, m = 4, 2 probes, amp off; a GPU, torch 2, commit abc
 ](f/fig4.png)
-](f/table5.png)""".splitlines():
+](f/learning-curves.png)""".splitlines():
         assert row in text, row
     save(Path("paper/fig4-n1000-seed1/run.json"), {**RUN, "seed": 1, "total_steps": 3})
     problem("report . --figures f --out page", "fig4-n1000-seed1 does not fit", "total-steps")
