@@ -296,8 +296,8 @@ def main(argv=None):
 
     say(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, "
         f"{len(data.classes)} classes, {device.type}.\n"
-        "Test accuracy in %; in brackets the gain over the teacher treated alike. paper: its linear\n"
-        f"probe, mean of {args.draws} draws; luckiest: of these (the paper: of 100 to 150).\n")
+        "Test accuracy in %; in brackets the gain over the teacher treated alike. paper: its\n"
+        f"linear probe, mean of {args.draws} draws; luckiest: of these (the paper: of 100 to 150).\n")
     columns = {"linear_paper_mean": "paper", "linear_paper_max": "luckiest",
                "linear_converged": "converged", "knn": "k-NN"}
     line = "{:36}" + 4 * "{:>15}" + "{:>8}{:>12}"

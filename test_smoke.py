@@ -894,7 +894,8 @@ def test_spread_counts_directions():
 @cases("arch, depth", [("resnet20", 19), ("vgg11", 8), ("vit-tiny", 12)])
 def test_spread_along_depth_sees_what_each_block_hands_on(arch, depth):
     images = load_data("noise", 32, n=9).train_x[:180]
-    data, encoder = SimpleNamespace(train_x=images, test_x=images), random_network(0, arch, 1).encoder
+    data = SimpleNamespace(train_x=images, test_x=images)
+    encoder = random_network(0, arch, 1).encoder
     found = probe.spread_along_depth(encoder, data)
     assert len(found) == depth
     if arch == "resnet20":  # before the mean over pixels
@@ -1441,6 +1442,17 @@ def test_claims_on_landscapes_and_the_kl(far, shows):
     assert report.students_share_a_basin([lines])[1] == shows
     rows = [{"epoch": 0}, {"epoch": 1, "loss": far}, {"epoch": 10, "loss": 1}]
     assert report.kl_peaks_early([{"end": {"distance": 20}, "rows": rows}])[1] == shows
+
+
+def test_the_readmes_table_is_that_of_the_committed_files():
+    text = (REPO / "README.md").read_text().replace("−", "-")
+    found = strict_json(REPO / "results/quick/summary.json")
+    for student, treatment in product(("eps0", "epsinf", "noise"), ("", ", whitened")):
+        for key in ("linear_paper_mean", "linear_converged", "knn"):
+            score, teacher = (found[name + treatment][key] for name in (
+                f"student runs/quick/{student}", "teacher resnet20 seed 0"))
+            shown = (treatment, key) != (", whitened", "linear_converged")
+            assert (f"{score:.2f} ({score - teacher:+.2f})" in text) == shown, (student, key)
 
 
 def test_the_committed_report_and_pictures_come_from_the_committed_logs(here):

@@ -415,7 +415,8 @@ def draw_figure(results, paper, folder, file, names, x, panels):
                     continue
                 positions, numbers = zip(*sorted(points.items()))
                 bars = [*map(deviation, numbers)] if len(numbers[0]) > 1 else None
-                line = axis.errorbar(positions, [*map(mean, numbers)], bars, marker="." * (len(positions) < 50))
+                line = axis.errorbar(positions, [*map(mean, numbers)], bars,
+                                     marker="." * (len(positions) < 50))
                 legend[label + when], color = line, line[0].get_color()
                 if "log" in title:
                     level = first.get("constant_student_kl", np.nan)
