@@ -11,7 +11,6 @@ ten-epoch linear probe, the same linear probe standardised and trained to conver
 neighbours. Each judges the features as they are, standardised and whitened: how much of a student's
 gain is more than a linear map could give its teacher?
 """
-import itertools
 import math
 from copy import deepcopy
 from pathlib import Path
@@ -157,14 +156,14 @@ def spread(x):
 
 @torch.no_grad()
 def spread_along_depth(encoder, data):
-    """The `spread` of every 20th test image after each ReLU, or transformer layer, of an encoder in
+    """The `spread` of some 100 test images after each ReLU, or transformer layer, of an encoder in
     eval mode: a list, from the first to the last; what a layer hands on is one vector (c·h·w,).
     """
-    found = []
+    found, images = [], data.test_x[::math.ceil(len(data.test_x) / 100)]
     hooks = [module.register_forward_hook(lambda *call: found.append(spread(call[2].flatten(1))))
              for module in encoder.modules()
              if isinstance(module, (nn.ReLU, nn.TransformerEncoderLayer))]
-    embed(encoder.eval(), normalise(data.test_x[::20], channel_stats(data.train_x)))
+    embed(encoder.eval(), normalise(images, channel_stats(data.train_x)))
     for hook in hooks:
         hook.remove()
     return found
@@ -194,14 +193,14 @@ def evaluate(encoder, data, seeds=(0,)):
 # ---- Controls ------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def calibrated(encoder, data, n=5000):
-    """A copy of `encoder` whose batch norms use the mean and variance of n training images.
+def calibrated(encoder, data):
+    """A copy of `encoder` whose batch norms use the mean and variance of 5,000 training images.
 
     The student is probed with statistics of its training, its random teacher with mean 0 and
     variance 1: is that all the difference?
     """
     images, stats = data.train_x, channel_stats(data.train_x)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:5000]
     batches = images[order].tensor_split(math.ceil(len(order) / 500))
     encoder = deepcopy(encoder).to(images.device)
     update_bn((normalise(x, stats) for x in batches), encoder)  # of one size: all count alike
@@ -217,8 +216,8 @@ def whitened(x, test_x, ridge=0.1):
     probes hardly depend on it, and the converged one, which standardises again, does not see it;
     k-NN, which cannot weigh axes, does (results/README.md tries others).
     """
-    mean, covariance = x.double().mean(0), x.T.double().cov()
-    variance, axes = torch.linalg.eigh(covariance)
+    mean = x.double().mean(0)
+    variance, axes = torch.linalg.eigh(x.T.double().cov())
     scaled = axes / (variance + ridge * variance.mean()).sqrt()
     scaled[:, variance <= 1e-9 * variance.max()] = 0
     return tuple(((part - mean) @ scaled).float() for part in (x, test_x))
@@ -236,9 +235,10 @@ def encoders_of(args, runs, data):
             yield f"{name}, calibrated", calibrated(encoder, data), name
 
     yield "raw pixels", nn.Flatten(), None
-    for arch, seed in itertools.product(args.teacher, args.seeds):
-        encoder = random_network(2 * seed, arch, 1, data.train_x.shape[-1]).encoder
-        yield from with_calibrated(f"teacher {arch} seed {seed}", encoder)
+    for arch in args.teacher:
+        for seed in args.seeds:
+            encoder = random_network(2 * seed, arch, 1, data.train_x.shape[-1]).encoder
+            yield from with_calibrated(f"teacher {arch} seed {seed}", encoder)
     probed = set()  # runs may share a teacher
     for path, (teacher, student, config) in runs.items():
         name = f"teacher {config['arch']} seed {config['seed']}"
@@ -247,8 +247,8 @@ def encoders_of(args, runs, data):
         if name not in probed:
             yield from with_calibrated(name, teacher.encoder)
         probed.add(name)
-        which = "" if path.name == "best.pt" else progress(config)
-        yield f"student {path}{which}", student.encoder, name
+        unfinished = progress(config) * (path.name != "best.pt")
+        yield f"student {path}{unfinished}", student.encoder, name
 
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def main(argv=None):
     say(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, "
         f"{len(data.classes)} classes, {device.type}.\n"
         "Test accuracy in %; in brackets the gain over the teacher treated alike. paper: its\n"
-        f"linear probe, mean of {args.draws} draws; luckiest: of these (the paper: of 100 to 150).\n")
+        f"linear probe, mean of {args.draws} draws; luckiest: of these (the paper: of 100).\n")
     columns = {"linear_paper_mean": "paper", "linear_paper_max": "luckiest",
                "linear_converged": "converged", "knn": "k-NN"}
     line = "{:36}" + 4 * "{:>15}" + "{:>8}{:>12}"

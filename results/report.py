@@ -423,8 +423,7 @@ def draw_figure(results, paper, folder, file, names, x, panels):
                     legend["the same answer for every image"] = axis.axhline(
                         level, color=color, linestyle="dotted")
                 elif training and 0 in points and column in first["teacher"]:
-                    legend["its teacher"], = axis.plot(0, first["teacher"][column], "*",
-                                                       color=color, markersize=11)
+                    legend["its teacher"], = axis.plot(0, first["teacher"][column], "k*", ms=9)
             for row in paper:
                 if training and (row["ours"], row["probe"]) == (name, column):
                     legend["the paper's best"] = axis.axhline(float(row["value"]), color=color,
