@@ -8,7 +8,7 @@
 Method: "Random Teachers are Good Teachers", Sarnthein et al., ICML 2023, arXiv 2302.12091. The
 file's first part is the idea: normalisation, models, the student's start, the loss, the training
 loop, and the experiment, which uses them all. A line says where it ends. In shapes n counts images,
-B those of a batch, and s are the pixels of a side.
+B those of a batch, s the pixels of a side, r the numbers of an embedding and m the logits.
 """
 import argparse, fcntl, json, math, os, re, subprocess, sys, time, warnings, zlib
 from collections import namedtuple
@@ -66,9 +66,9 @@ def cifar_resnet(n_blocks, norm_layer):
 class ViT(nn.Module):
     """Vision transformer (Dosovitskiy et al. 2021) that applies one pre-norm layer twelve times.
 
-    One layer for all twelve, and patches of 16 pixels, because only these have the paper's numbers
-    of parameters; its text says 8 pixels (vit-*-p8). Emits the class token. In the paper's released
-    code the heads of a token attend to each other; here, as usual, tokens attend to tokens.
+    One layer for all twelve, and patches of 16 pixels, match the paper's parameter counts; its text
+    says 8 pixels (vit-*-p8). Emits the class token. In the paper's released code the heads of a
+    token attend to each other; here, as usual, tokens attend to tokens.
     """
     def __init__(self, width, patch, image_size):
         super().__init__()
@@ -130,8 +130,8 @@ def embed(encoder, images, amp="off"):
     """(B, 3, s, s) normalised images -> (B, r) float32 embeddings.
 
     Only the encoder runs in 16 bits. What the student will learn from are differences of a few 1e-3
-    between numbers of about 1/16, its logits and the teacher's; there bfloat16 has steps of 5e-4.
-    So from the embedding on everything stays in float32.
+    between its logits and the teacher's, both of about 1/16 (see Network), where bfloat16 has steps
+    of 5e-4. So from the embedding on everything stays in float32.
     """
     with autocast(images.device, amp):
         return encoder(images).float()
@@ -139,9 +139,9 @@ def embed(encoder, images, amp="off"):
 
 # ---- Network = last layer ∘ projector ∘ encoder (App. E.1) ---------------------------------------
 # The paper's "L2 bottleneck" is where the projector ends and the last layer begins: two linear maps
-# A and W with a normalisation each, normalise(W) · normalise(A x). We write it as "lf/wl":
-#     l  a linear map: A, and after the slash W         w  the rows of W are divided by their length
-#     f  the vector A x is divided by its length
+# A and W with a normalisation each, unit(W) · unit(A x). We write it as "lf/wl":
+#     l  a linear map: A, and after the slash W         w  unit(W): rows divided by their lengths
+#     f  unit(A x): the vector divided by its length
 # Fig. 12 leaves some of the four out.
 
 class L2Linear(nn.Module):
@@ -164,10 +164,10 @@ class Network(nn.Module):
     """Encoder (B, r), projector to vectors (B, 256), last layer to m = `out_dim` logits.
 
     With lf/wl a logit is the cosine of two vectors of 256 numbers, the image's and one of m rows:
-    about ±1/√256 = 1/16 in a random network, at most 1. So two networks' logits differ by −2 to 2,
-    a range of 4, and their KL is at most 4²/8 = 2 nats (Hoeffding's lemma); random pairs have 4e-3.
-    The paper's text says lf/wl; its released code computes lf/l, so that logits shrink by the rows'
-    length, 0.02·√256 = 0.32 at the start, and the KL tenfold.
+    about ±1/√256 = 1/16 in a random network, at most 1. So the difference of two networks' logits
+    lies in [−2, 2], and their KL is at most 4²/8 = 2 nats (Hoeffding's lemma); random pairs have
+    4e-3. The paper's text says lf/wl; its released code computes lf/l: there logits are 0.32 times
+    as large at the start, the length 0.02·√256 of the rows, and the KL is 0.1 times as large.
     """
     def __init__(self, arch, out_dim, image_size=32, norm="batch", l2_bottleneck="lf/wl"):
         super().__init__()
@@ -195,7 +195,7 @@ def random_network(seed, *args, **settings):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu",
                                     generator=generator)
         elif isinstance(module, nn.Linear):
-            # not trunc_normal_, the paper's: it cuts at 100 std, and its draws change with torch
+            # the paper's trunc_normal_ cuts at 100 std, so not at all; its draws change with torch
             nn.init.normal_(module.weight, std=0.02, generator=generator)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
@@ -214,8 +214,8 @@ def init_student(teacher, independent, eps):
     the variance of the weights. Every parameter moves, as in the released code: norm weights, 1 in
     both networks, become (1+ε)/√(1+ε²), at most √2. Buffers (batch-norm statistics) stay fresh.
     Without batch norm ε = 0 is a fixed point: student and teacher agree, so the gradient is 0. The
-    paper's "α ≈ 0" is ε = 1e-10. In float32 that changes the smallest weights alone, and of them
-    the last bits: enough to leave the fixed point.
+    paper's "α ≈ 0" is ε = 1e-10. In float32 that changes only the last bits of the smallest
+    weights: enough to leave the fixed point.
     """
     scale = math.hypot(1, eps)
     for theta_t, theta in zip(teacher.parameters(), independent.parameters()):
@@ -305,7 +305,7 @@ def teacher_vectors(teacher, images, stats, batch_size=256):
 
     The teacher runs once. It is frozen and in eval mode (below), where its output for an image does
     not depend on the rest of the batch, and the images are not augmented: so n vectors of 256
-    numbers hold all that it will ever say (its n·m logits would take 13 GB), and a step costs no
+    numbers give every logit it will ever have (all n·m would take 13 GB), and a step costs no
     teacher encoder. They are made in float32 also where the student's encoder runs in 16 bits: for
     ResNet20 that was measured to do no harm (results/README.md).
     """
@@ -357,7 +357,7 @@ NETWORK_SETTINGS = ("arch", "out_dim", "image_size", "norm", "l2_bottleneck")
 
 def load_checkpoint(path):
     """(teacher, student, config) of a run directory or .pt file: Networks on the CPU, in eval mode
-    and frozen, so that embed(student.encoder, images) are its features; and the run's settings:
+    and frozen, so that embed(student.encoder, normalised images) are features; and the settings:
     options, n_images, total_steps and `step`, the number of steps made. Raises Problem.
     """
     checkpoint = read_checkpoint(Path(path))
@@ -369,7 +369,7 @@ def load_checkpoint(path):
 
 
 def checksum(content):
-    """A number for dicts, lists and tensors in one another: two agree if their contents do."""
+    """A number for nested dicts, lists and tensors: two agree if their contents do."""
     if torch.is_tensor(content):
         return zlib.crc32(content.cpu().reshape(-1).numpy())
     if isinstance(content, dict):
@@ -450,13 +450,13 @@ def to_config(args):
             for name, value in vars(args).items()}
 
 
-# what may be otherwise when a run goes on, because it does not change what the run computes
+# what may differ when a run goes on, because it does not change what the run computes
 MAY_CHANGE = {"epochs", "steps", "total_steps", "log_every", "eval_every", "resume", "device",
               "out", "run", "provenance"}
 
 
 def check_same(path, theirs, ours, ignored=MAY_CHANGE):
-    """Raise Problem, which names it, if a setting in `ours` is not that in `theirs`, of `path`."""
+    """Raise a Problem that names the first of `ours` that differs in `theirs`, those of `path`."""
     for name in sorted(ours.keys() - ignored):
         if isinstance(ours[name], dict):
             check_same(path, theirs.get(name) or {}, ours[name], ignored)
@@ -569,7 +569,7 @@ CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() el
 
 
 def pick_device(name):
-    """The torch.device for --device auto, cpu or cuda. Raises Problem where there is no CUDA."""
+    """The torch.device for --device auto, cpu or cuda. Problem if there is no CUDA for it."""
     torch.backends.cudnn.benchmark = True  # batches of one shape: find the fastest convolution
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # no rounding
     if name == "cuda" and not torch.cuda.is_available():

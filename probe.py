@@ -142,9 +142,9 @@ def extract_features(encoder, data):
 def spread(x):
     """{"cosine", "directions"}: do the features (n, r) point one way? In float64.
 
-    `cosine`, of two images' features, is 1 on average if they all do. `directions`, 1 to r, is the
-    participation ratio (Σλ)²/Σλ² of their covariance's eigenvalues λ: how many directions carry the
-    variance, 0 if there is none. Neither knows what the directions tell apart.
+    `cosine`, of two images' features, is 1 on average if they all do. `directions`, at most r and
+    n − 1, is the participation ratio (Σλ)²/Σλ² of their covariance's eigenvalues λ: how many carry
+    the variance, 0 if there is none. Neither knows whether they tell the classes apart.
     """
     x, n = x.double(), len(x)
     total = F.normalize(x).sum(0).square().sum()  # of all n² cosines, n of them of an image itself
