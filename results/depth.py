@@ -1,6 +1,6 @@
 """Draw do images point one way along depth? From what `probe.py --json` wrote of encoders.
 
-    python results/depth.py results/quick/summary.json figures/report/depth.png
+    python results/depth.py results/quick/summary.json figures/depth.png
 """
 import json
 import sys
