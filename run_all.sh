@@ -32,7 +32,7 @@ quick() {  # what is done is skipped, what was interrupted goes on, and a studen
     $student --dataset noise --n-samples 10000 --probe-dataset leaves --init-eps 0 --out $out/noise "$@"
     for run in eps0 epsinf noise; do [ $out/summary.json -nt $out/$run/last.pt ] || rm -f $out/summary.json; done
     [ -e $out/summary.json ] || $PY probe.py $out/{eps0,epsinf,noise} --json $out/summary.json
-    $PY -m results.report runs --only quick.png --figures figures
+    $PY -m results.figures runs --only quick.png --figures figures
     for start in "" "--init teacher" "--control random"; do  # lottery tickets: student, teacher, student under random masks
         $PY prune.py $out/eps0 --n-samples 1000 --epochs 3 --batch-size 50 --rate 0.65 --rounds 2 --resume $start; done
     $PY prune.py plot $out/eps0 --figure figures/quick_tickets.png
@@ -167,6 +167,7 @@ report() {  # [DIR with paper/ or mini/ in it]; a picture that cannot be drawn s
     for file in "$root"/paper/*/connect/connect.npz; do
         file=${file%/connect/*}; plot landscape.py fig9-${file##*-} $file/connect/connect.npz; done
     for file in "$root"/paper/fig{5,13,14,15,16}-*.npz; do plot landscape.py "$(basename "$file" .npz)" "$file"; done
+    "$PY" -m results.figures "$root" --figures $figures || true
     "$PY" -m results.report "$root" --out ${to:-results/}REPORT.md --figures $figures
 }
 case ${1:-full} in

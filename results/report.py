@@ -1,10 +1,10 @@
-"""REPORT.md and its figures: what the paper says beside what is under runs/.
+"""REPORT.md: what the paper says beside what is under runs/. figures.py draws its pictures.
 
     python -m results.report                      from runs/paper and runs/mini
     python -m results.report results              from the logs that are kept there
 
 paper.csv says what the paper does, a number or a claim a row, and under `ours` what our results are
-called; here they are joined, judged and drawn. Directories have the names that `run_all.sh list`
+called; here they are joined and judged. Directories have the names that `run_all.sh list`
 gives them, such as paper/fig10-m256-seed0. Read are run.json and log.csv of distill.py, the .json
 files of probe.py, config.json and log.csv of prune.py, and landscape.py's .npz; never a checkpoint.
 """
@@ -173,6 +173,10 @@ def read_results(root):
     for group in configs.values():
         check_repeats(group)
     return results, unfinished
+
+
+def paper_rows():
+    return [*csv.DictReader(Path(__file__).with_name("paper.csv").read_text().splitlines())]
 
 
 def values(group, when="best", column="linear_paper"):
@@ -347,93 +351,6 @@ def judge(rule, groups):
     return f"{text} (n = {len(groups[0])})", "shows" if shows else "does not show"
 
 
-# ---- Figures -------------------------------------------------------------------------------------
-
-PERCENT = {"linear_paper": "linear (paper), %", "linear_converged": "linear (converged), %",
-           "knn": "k-NN, %"}
-STUDENT = {"linear_paper": "linear (paper), %", "loss": "KL (nats, log)",
-           "distance": "distance from the start"}
-WHY = PERCENT | {"cosine": "cosine of two images' embeddings", "directions": "directions in use",
-                 "loss": "KL (nats, log)"}
-PLATEAU = {"loss": "KL (nats, log)", "linear_converged": "linear (converged), %"}
-FIGURES = (  # file; how its runs are named, without their x if it is in the name; what is on x, y
-    ("quick.png", "quick/[^/]*$", "distillation step", WHY),
-    ("fig1.png", "fig3-resnet18-eps0$|fig3-vgg11-eps1e-10$", "distillation epoch", STUDENT),
-    ("learning-curves.png", "cifar10-[^/]*$", "distillation epoch", PERCENT),
-    ("fig3.png", "fig3-resnet18-eps|fig3-vgg11-eps", "locality α", PERCENT),
-    ("fig4.png", "fig4-noise|fig4-n", "training images (log)", PERCENT),
-    ("fig10.png", "fig10-m", "logits m (log)", PERCENT),
-    ("fig11.png", "fig11-[^/]*$", "distillation epoch", PERCENT),
-    ("fig12.png", "fig12-[^/]*$", "distillation epoch", PERCENT),
-    ("fig17.png", "raw-[^/]*$", "distillation epoch", STUDENT),
-    ("fig18.png", "cifar10-resnet18$|cifar10-vgg11$|fig18-[^/]*$", "distillation epoch", STUDENT),
-    ("mini-fig3.png", "mini/fig3-eps", "locality α", PERCENT),
-    ("mini-plateau.png", "mini/plateau-lf-l-(6000-steps|warmup200|lr3e-4|epsinf)$",
-     "distillation epoch", PLATEAU),
-)
-WORDS = {  # for names that do not speak for themselves
-    "quick/eps0": "student, ε = 0", "quick/epsinf": "student, ε = ∞",
-    "quick/noise": "student distilled on noise", "mini/plateau-lf-l-6000-steps": "as in the paper",
-    "mini/plateau-lf-l-warmup200": "warm-up of 200 steps", "mini/plateau-lf-l-lr3e-4": "--lr 3e-4",
-    "mini/plateau-lf-l-epsinf": "ε = ∞", "mini/fig3-eps": "ResNet20, 10,000 images",
-    "cifar10-resnet20": "ResNet20", "cifar10-resnet18": "ResNet18", "cifar10-vgg11": "VGG11"}
-
-
-def series(groups, column, x):
-    """What to draw of `groups` {position: [run]}: {label: {position on x: [a number of each]}}."""
-    if x.startswith("distillation"):
-        return {"": curve(*groups.values(), column, x.split()[1])}
-    return {f", {when}": {position: values(group, when, column)
-                          for position, group in groups.items()} for when in ("best", "teacher")}
-
-
-def draw_figure(results, paper, folder, file, names, x, panels):
-    """Draw one of FIGURES, a panel each of `panels` {column: title}, unless it has no runs; of the
-    rows of `paper` dashed lines, where they are of such a run.
-    """
-    lines, training = defaultdict(dict), x.startswith("distillation")
-    for name, group in results.items():
-        match = re.match(f"({names})([^/]*)$", name)  # a run, not what came of it
-        if match and group:
-            number = 0 if training else float(match[match.lastindex] or 0)  # in place of α its ε
-            lines[match[1]][1 - 1 / (1 + number) if "α" in x else number] = [*group.values()]
-    if not lines:
-        return
-    from matplotlib import pyplot  # here, so that the numbers come out without it
-    pyplot.style.use("tableau-colorblind10")
-    shape, legend = (max(len(panels) // 3, 1), min(len(panels), 3)), {}
-    picture, grid = pyplot.subplots(*shape, figsize=(3.6 * shape[1], 0.7 + 2.7 * shape[0]),
-                                    layout="constrained")
-    for axis, (column, title) in zip(grid.flat, panels.items()):
-        for name, groups in lines.items():
-            first = [*groups.values()][0][0]
-            label = WORDS.get(name, name) + " (unfinished)" * bool(first["remaining"])
-            for when, points in series(groups, column, x).items():
-                if "log" in x:
-                    points.pop(0, None)  # a logarithm has no place for it
-                if not points:
-                    continue
-                positions, numbers = zip(*sorted(points.items()))
-                bars = [*map(deviation, numbers)] if len(numbers[0]) > 1 else None
-                line = axis.errorbar(positions, [*map(mean, numbers)], bars,
-                                     marker="." * (len(positions) < 50))
-                legend[label + when], color = line, line[0].get_color()
-                if "log" in title:
-                    level = first.get("constant_student_kl", np.nan)
-                    legend["the same answer for every image"] = axis.axhline(
-                        level, color=color, linestyle="dotted")
-                elif training and 0 in points and column in first["teacher"]:
-                    legend["its teacher"], = axis.plot(0, first["teacher"][column], "k*", ms=9)
-            for row in paper:
-                if training and (row["ours"], row["probe"]) == (name, column):
-                    legend["the paper's best"] = axis.axhline(float(row["value"]), color=color,
-                                                              linestyle="dashed", linewidth=1)
-        axis.set(title=title, xlabel=x, xscale="log" if "log" in x else "linear",
-                 yscale="log" if "log" in title else "linear")
-    picture.legend(legend.values(), legend, loc="outside lower center", ncols=shape[1] + 1)
-    save(folder / file, lambda temporary: picture.savefig(temporary, dpi=150))
-
-
 # ---- Main ----------------------------------------------------------------------------------------
 
 def main(argv=None):
@@ -441,21 +358,16 @@ def main(argv=None):
     add = parser.add_argument
     add("root", default="runs", nargs="?", type=Path, help="directory with paper/ and mini/ in it")
     add("--out", default="results/REPORT.md", type=Path, help="the page")
-    add("--figures", default="figures/report", type=Path, help="directory of the pictures")
-    add("--only", choices=[file for file, *_ in FIGURES], help="draw this picture, and no page")
+    add("--figures", default="figures/report", type=Path, help="directory of pictures to show")
     args = parser.parse_args(argv)
     results, unfinished = read_results(args.root)
-    paper = [*csv.DictReader(Path(__file__).with_name("paper.csv").read_text().splitlines())]
-    if args.only:
-        figure, = (figure for figure in FIGURES if figure[0] == args.only)
-        return draw_figure(results, paper, args.figures, *figure)
     if not results and not unfinished:
         raise Problem(f"{args.root} holds neither paper/ nor mini/ with a run: do some jobs of "
                       "`bash run_all.sh list` first, or name another directory")
 
     # The paper's numbers and claims beside ours
     sections, notes, verdicts = defaultdict(str), {}, []
-    for row in paper:
+    for row in paper_rows():
         groups = [results[name] for name in row["ours"].split("; ")]
         if row["artefact"] == "same runs":
             results[row["row"]] |= {
@@ -488,15 +400,11 @@ def main(argv=None):
     for note, number in notes.items():
         sections["notes"] += f"- [{number}] {note}\n"
     sections["unfinished"] = ", ".join(unfinished) or "none"
-    try:
-        for figure in FIGURES:
-            draw_figure(results, paper, args.figures, *figure)
-    finally:  # the numbers come out without matplotlib, too
-        for file in sorted(args.figures.glob("*.png")):
-            sections["pictures"] += (
-                f"**{file.stem}**\n\n![{file.stem}]({os.path.relpath(file, args.out.parent)})\n\n")
-        page = PAGE.format(args=args, summary=summary, sections=sections)
-        save(args.out, lambda temporary: temporary.write_text(page))
+    for file in sorted(args.figures.glob("*.png")):
+        sections["pictures"] += (
+            f"**{file.stem}**\n\n![{file.stem}]({os.path.relpath(file, args.out.parent)})\n\n")
+    page = PAGE.format(args=args, summary=summary, sections=sections)
+    save(args.out, lambda temporary: temporary.write_text(page))
     print(f"{args.out}: {summary}")
 
 
