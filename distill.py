@@ -394,7 +394,7 @@ def read_checkpoint(path, script="distill.py"):
         damaged = True
     if damaged or checkpoint["format"] != f"{script} 4":
         raise Problem(f"{path} is truncated, damaged or no checkpoint of this {script}: name "
-                      f"another, or delete it and run {script} again")
+                      f"another, or make it again with {script}")
     return checkpoint
 
 
@@ -497,8 +497,8 @@ def load_data(name, image_size=32, device="cpu", n=None):
         arrays, classes = npz_data(file)
     else:
         script = name.split("-")[0]
-        raise Problem(f"no data set {name}: there is no {file}, which datasets/"
-                      f"{script if script in MADE else 'folder'}.py makes")
+        raise Problem(f"there is no {file}: datasets/{script if script in MADE else 'folder'}.py "
+                      f"makes it (there are {', '.join(DOWNLOADS + MADE)} and noise, too)")
     x, y, test_x, test_y = (torch.from_numpy(array).to(device) for array in arrays)
     x, test_x = (resize(images.permute(0, 3, 1, 2), image_size) for images in (x, test_x))
     return Data(x, y.long(), test_x, test_y.long(), classes)

@@ -13,7 +13,7 @@ from statistics import mean
 import numpy as np
 from matplotlib import pyplot
 
-from distill import new_parser, save
+from distill import Problem, new_parser, save
 from results.report import curve, deviation, paper_rows, read_results, values
 
 PERCENT = {"linear_paper": "linear (paper), %", "linear_converged": "linear (converged), %",
@@ -108,6 +108,8 @@ def main(argv=None):
     add("--only", choices=[file for file, *_ in FIGURES], help="draw this one alone")
     args = parser.parse_args(argv)
     results, _ = read_results(args.root)
+    if not results:
+        raise Problem(f"{args.root} holds no paper/, mini/ or quick/ with a run: name another")
     for figure in FIGURES:
         if args.only in (None, figure[0]):
             draw_figure(results, paper_rows(), args.figures, *figure)
