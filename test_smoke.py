@@ -353,10 +353,8 @@ def test_a_folder_of_images(here):
     assert data.train_y.tolist() == data.test_y.tolist() == [0, 1]
     other = Path("flowers/train/bee/1.png")
     Image.fromarray(np.full((16, 16), 9999, np.uint16)).save(other)
-    for content in (other.read_bytes(), b"no image", b"P5 1 1 0 \0"):
-        other.write_bytes(content)
-        with raises(SystemExit, match="bee/1.png .*mend or delete"):
-            folder.main(["flowers"])
+    with raises(SystemExit, match="bee/1.png .*8 bits.*: mend or delete"):
+        folder.main(["flowers"])
     Path("flowers/train/cat").mkdir()
     for says in ("flowers/val.*cat", "the same classes"):  # without an image, then with one
         with raises(SystemExit, match=says):
@@ -442,38 +440,28 @@ def test_tiny_imagenet_as_it_comes(mirror, monkeypatch):
     tinyimagenet.main([])
     data = load_data("tinyimagenet")
     assert data.train_y.tolist() == [0, 1, 1] and data.test_y.tolist() == sorted(labels)
-    for x, y in (data[:2], data[2:4]):
-        assert ((x - (100 + 100 * y).view(-1, 1, 1, 1)).abs() < 3).all()
+    assert data.test_x.float().mean((1, 2, 3)).tolist() == approx([100, 200, 200], abs=3)
 
 
 def test_cifar5m_follows_cifar10_and_no_more_is_read_than_wanted(here, monkeypatch):
     """Six images of CIFAR10, then a part with four, and one with seven, which may be bad."""
-    def make(n, **change):
-        np.savez("data/cifar5m/part1.npz", **{"X": x[10:], "Y": y[10:], **change})
-        cifar5m.main([str(n)])
-
     x = torch.randint(256, (17, 32, 32, 3)).byte().numpy()
     y, cifar10 = np.arange(17) % 10, {"data": x[:6], "targets": range(6), "classes": range(10)}
     read = lambda self, *_, **__: vars(self).update(cifar10)
     monkeypatch.setattr(cifar5m.CIFAR10, "__init__", read)
     Path("data/cifar5m").mkdir(parents=True)
-    np.savez("data/cifar5m/part0.npz", X=x[6:10], Y=y[6:10])
+    for part, i, j in ((0, 6, 10), (1, 10, 17)):
+        np.savez(f"data/cifar5m/part{part}.npz", X=x[i:j], Y=y[i:j])
     for n in (17, 11, 10):
-        make(n)
+        cifar5m.main([str(n)])
         data = load_data(f"cifar5m-{n}")
         assert (data.train_x.permute(0, 2, 3, 1).numpy() == x[:n]).all()
         assert data.train_y.tolist() == y[:n].tolist() and len(data.test_x) == 6
-    for n in (6, 18):
-        with raises(SystemExit, match="training images cannot be had: there are"):
-            make(n)
-    for name, array in table("""
-X: x[10:] / 2
-Y: y
-Y: y[10:] + 9"""):
-        change = {name: eval(array)}
-        make(10, **change)
-        with raises(SystemExit, match="^[^\n]*part1.npz is damaged[^\n]*$"):
-            make(11, **change)
+        if n == 11:
+            Path("data/cifar5m/part1.npz").write_bytes(b"cut")
+    for n, says in ((6, "cannot be had: there are"), (12, "part1.npz is damaged")):
+        with raises(SystemExit, match=says):
+            cifar5m.main([str(n)])
 
 
 # ---- Training ------------------------------------------------------------------------------------

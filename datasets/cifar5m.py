@@ -16,19 +16,6 @@ import numpy as np
 from torchvision.datasets import CIFAR10
 
 
-def read_part(path):
-    """(X, Y) of a part of CIFAR-5M. Exits with one line if it is damaged or something else."""
-    try:
-        with np.load(path) as part:
-            x, y = part["X"], part["Y"]
-        # bincount wants whole numbers from 0 on
-        if x.dtype != np.uint8 or x.shape != (len(y), 32, 32, 3) or len(np.bincount(y)) > 10:
-            raise ValueError(f"X is {x.dtype} {x.shape}, Y is {y.dtype} {y.shape}")
-    except Exception as error:
-        sys.exit(f"{path} is damaged or no part of CIFAR-5M ({error}): download it again")
-    return x, y
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Make data/cifar5m-<n>.npz")
     parser.add_argument("n", type=int, help="training images, more than CIFAR10's 50,000")
@@ -41,11 +28,15 @@ def main(argv=None):
         sys.exit(f"cannot download {CIFAR10.url} ({str(error).splitlines()[:1]}): set DATA_MIRROR "
                  "to the URL of a directory that holds it")
     images, labels = [train.data], [train.targets]
-    for path in sorted((folder / "cifar5m").glob("*.npz")):
-        if sum(map(len, images)) < n:
-            for parts, part in zip((images, labels), read_part(path)):
-                parts.append(part)
-    images, labels = np.concatenate(images)[:n], np.concatenate(labels)[:n]
+    try:
+        for path in sorted((folder / "cifar5m").glob("*.npz")):
+            if sum(map(len, images)) < n:
+                with np.load(path) as part:
+                    images.append(part["X"])
+                    labels.append(part["Y"])
+        images, labels = np.concatenate(images)[:n], np.concatenate(labels)[:n]
+    except Exception as error:
+        sys.exit(f"{path} is damaged or no part of CIFAR-5M ({error}): download it again")
     if len(images) < n or len(images) <= len(train):
         sys.exit(f"{n:,} training images cannot be had: there are {len(images):,} in CIFAR10 and "
                  f"the parts in {folder}/cifar5m/, and CIFAR10 alone has {len(train):,}")
