@@ -880,14 +880,12 @@ def test_spread_counts_directions():
 
 
 @cases("arch, depth", [("resnet20", 19), ("vgg11", 8), ("vit-tiny", 12)])
-def test_spread_along_depth_sees_what_each_block_hands_on(arch, depth):
-    images = load_data("noise", 32, n=9).train_x[:9]
-    data = SimpleNamespace(train_x=images, test_x=images)
-    encoder = random_network(0, arch, 1).encoder
+def test_spread_along_depth_sees_what_each_block_hands_on(here, arch, depth):
+    data, encoder = load_data("toy.npz"), random_network(0, arch, 1).encoder
     found = probe.spread_along_depth(encoder, data)
     assert len(found) == depth
     if arch == "resnet20":  # before the mean over pixels
-        x = encoder[:-2](normalise(images, channel_stats(images)))
+        x = encoder[:-2](normalise(data.test_x, channel_stats(data.train_x)))
         assert found[-1] == approx(probe.spread(x.flatten(1))) and len(found) == depth
 
 

@@ -5,6 +5,7 @@
 
 What is read, and by which names: report.py.
 """
+import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -100,6 +101,20 @@ def draw_figure(results, paper, folder, file, names, x, panels):
     save(folder / file, lambda temporary: picture.savefig(temporary, dpi=150))
 
 
+def draw_depth(summary, folder):
+    """Do images point one way along depth? From `probe.py --json` of quick's networks."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, key, scale in zip(axes, ("cosine", "directions"), ("linear", "log")):
+        for name, found in json.loads(summary.read_text()).items():
+            if found.get("along_depth"):  # raw pixels have no layers
+                axis.plot([layer[key] for layer in (*found["along_depth"], found)], marker=".",
+                          label=WORDS.get(name.removeprefix("student runs/"), name))
+        axis.set(title=WHY[key], xlabel="ReLU (the last: the embedding)", yscale=scale)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    save(folder / "depth.png", lambda temporary: figure.savefig(temporary, dpi=150))
+
+
 def main(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument
@@ -113,6 +128,9 @@ def main(argv=None):
     for figure in FIGURES:
         if args.only in (None, figure[0]):
             draw_figure(results, paper_rows(), args.figures, *figure)
+    summary = args.root / "quick/summary.json"
+    if not args.only and summary.exists():
+        draw_depth(summary, args.figures)
 
 
 if __name__ == "__main__":
