@@ -1274,6 +1274,7 @@ def test_a_toy_job_of_each_kind_runs(here, monkeypatch):
     # On images of 16 pixels, which are quickest
     scores = "linear_paper_mean linear_paper_max cosine directions".split() + [*probe.PROBES]
     monkeypatch.setattr(probe, "judge", lambda *_, **__: dict.fromkeys(scores, 50.0))
+    monkeypatch.setitem(probe.TREATMENTS, ", whitened", lambda *parts: parts)
     lines = listed(TOY="toy.npz", SEEDS="0")
     for part in ("teachers-stl10", "cifar10-resnet18-seed0", "teacher --rewind-epoch 1", "connect"):
         line = next(line for line in lines if part in line)
