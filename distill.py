@@ -5,10 +5,10 @@
     python datasets/leaves.py                           images for a laptop, without a download
     python distill.py --arch resnet20 --dataset leaves --out-dim 1024 --batch-size 128 --steps 400
 
-Method: "Random Teachers are Good Teachers", Sarnthein et al., ICML 2023, arXiv 2302.12091. The
-file's first part is the idea: normalisation, models, the student's start, the loss, the training
-loop, and the experiment, which uses them all. A line says where it ends. In shapes n counts images,
-B those of a batch, s the pixels of a side, r the numbers of an embedding and m the logits.
+"Random Teachers are Good Teachers" (Sarnthein et al., ICML 2023, arXiv 2302.12091): linear probes
+of the student's embeddings beat those of the teacher's. The idea ends with `distill`, which uses
+all that stands above it; below it is plumbing. §, Table, Fig. and App. are the paper's. In shapes
+n counts images, B those of a batch, s pixels a side, r numbers of an embedding, m logits.
 """
 import argparse, fcntl, json, math, os, re, subprocess, sys, time, warnings, zlib
 from collections import namedtuple
@@ -30,7 +30,7 @@ from torchvision.transforms.functional import resize
 
 def channel_stats(images):
     """Mean and std of uint8 images (n, 3, s, s) by channel: (1, 3, 1, 1) float32 in 0..255."""
-    # from histograms: exact, and 15 times as fast as from the pixels
+    # from each channel's histogram: exact, and 15 times as fast as from the pixels
     shares = torch.stack([channel.flatten().bincount(minlength=256)
                           for channel in images.unbind(1)]).double() / images[:, 0].numel()
     values = torch.arange(256).to(shares)
@@ -129,20 +129,19 @@ def autocast(device, amp):
 def embed(encoder, images, amp="off"):
     """(B, 3, s, s) normalised images -> (B, r) float32 embeddings.
 
-    Only the encoder runs in 16 bits. What the student will learn from are differences of a few 1e-3
-    between its logits and the teacher's, both of about 1/16 (see Network), where bfloat16 has steps
-    of 5e-4. So from the embedding on everything stays in float32.
+    Only the encoder may run in 16 bits. From the embedding on everything stays in float32: logits
+    are about 1/16, where bfloat16 has steps of 5e-4, too coarse for the few 1e-3 by which student
+    and teacher come to differ.
     """
     with autocast(images.device, amp):
         return encoder(images).float()
 
 
 # ---- Network = last layer ∘ projector ∘ encoder (App. E.1) ---------------------------------------
-# The paper's "L2 bottleneck" is where the projector ends and the last layer begins: two linear maps
-# A and W with a normalisation each, unit(W) · unit(A x). We write it as "lf/wl":
-#     l  a linear map: A, and after the slash W         w  unit(W): rows divided by their lengths
-#     f  unit(A x): the vector divided by its length
-# Fig. 12 leaves some of the four out.
+# The paper's "L2 bottleneck" is logits = unit(W) · unit(A x): the projector ends in the affine map
+# A and a division by the output's length, the last layer is W, its rows divided by theirs. We write
+# it as projector/last layer, "lf/wl", and Fig. 12 leaves out some of these letters:
+#     l  the map, A or W        f  output divided by its length        w  rows divided by theirs
 
 class L2Linear(nn.Module):
     """One half of the L2 bottleneck, (B, width) -> (B, out_dim); `code` has some of l, w and f."""
@@ -164,10 +163,10 @@ class Network(nn.Module):
     """Encoder (B, r), projector to vectors (B, 256), last layer to m = `out_dim` logits.
 
     With lf/wl a logit is the cosine of two vectors of 256 numbers, the image's and one of m rows:
-    about ±1/√256 = 1/16 in a random network, at most 1. So the difference of two networks' logits
-    lies in [−2, 2], and their KL is at most 4²/8 = 2 nats (Hoeffding's lemma); random pairs have
-    4e-3. The paper's text says lf/wl; its released code computes lf/l: there logits are 0.32 times
-    as large at the start, the length 0.02·√256 of the rows, and the KL is 0.1 times as large.
+    at most 1, and about ±1/√256 = 1/16 in a random network. So the softmax is nearly flat and all
+    losses are small: two random networks have a KL of 4e-3 nats, half the variance 2/256 of their
+    logits' difference. The paper's text says lf/wl, its released code computes lf/l: rows start
+    0.02·√256 = 0.32 long, so logits are 0.32 times as large, and the KL 0.1 times.
     """
     def __init__(self, arch, out_dim, image_size=32, norm="batch", l2_bottleneck="lf/wl"):
         super().__init__()
@@ -213,9 +212,10 @@ def init_student(teacher, independent, eps):
     ε = 0 copies the teacher, ε = inf keeps θ̃; the paper's locality α is ε/(1+ε). The root keeps
     the variance of the weights. Every parameter moves, as in the released code: norm weights, 1 in
     both networks, become (1+ε)/√(1+ε²), at most √2. Buffers (batch-norm statistics) stay fresh.
-    Without batch norm ε = 0 is a fixed point: student and teacher agree, so the gradient is 0. The
-    paper's "α ≈ 0" is ε = 1e-10. In float32 that changes only the last bits of the smallest
-    weights: enough to leave the fixed point.
+    What is there to learn at ε = 0? In eval mode a random teacher's batch norms use their initial
+    statistics, mean 0 and variance 1, while the student's use each batch's own: the two differ.
+    Without batch norm they agree, the gradient is 0, and ε = 0 is a fixed point. The paper's
+    "α ≈ 0", ε = 1e-10, changes the last bits of the smallest weights: enough to leave it.
     """
     scale = math.hypot(1, eps)
     for theta_t, theta in zip(teacher.parameters(), independent.parameters()):
@@ -233,14 +233,15 @@ class KLDivergence(torch.autograd.Function):
     gradient.
 
     Why not the cross-entropy? It has the same gradient, but it is the KL plus the teacher's
-    entropy, about ln 65536 = 11.09, where float32 has steps of 1e-6: a KL of 1e-5 drowns.
+    entropy, about ln 65536 = 11.09, where float32 has steps of 1e-6, a tenth of a KL of 1e-5 and
+    all of what it ends at. Why not two log-softmaxes? Their entries sit near −11, too. So let p be
+    the teacher's softmax and d = student − teacher logits, shifted so that Σ p·d = 0 (no softmax
+    sees a shift); then all is computed from numbers of the size of d, about a thousandth:
 
-    Why not two log-softmaxes? Their entries sit near −11, too, and float32 rounding would eat most
-    of the KL. With p the teacher's softmax and d = student − teacher logits, shifted so that
-    Σ p·d = 0 (a softmax does not see a shift), the student's softmax is p·e^d / Σ p·e^d, and the KL
-    is log(1 + s) for s = Σ p·(e^d − 1 − d). All its terms are ≥ 0, and computed from numbers of the
-    size of d, a thousandth, not of 11. The gradient, p_student − p, is p·(e^d − 1 − s)/(1 + s) by
-    the same algebra, over B for the batch's mean, and exactly 0 where the logits agree.
+        s         = Σ p·(e^d − 1 − d), all of its terms ≥ 0, = Σ p·e^d − 1
+        p_student = p·e^d / Σ p·e^d = p·e^d / (1 + s)
+        KL        = Σ p·log(p / p_student) = log(1 + s)
+        gradient  = p_student − p = p·(e^d − 1 − s) / (1 + s), over B for the batch's mean
     """
     @staticmethod
     def forward(ctx, teacher_logits, student_logits):
@@ -249,7 +250,7 @@ class KLDivergence(torch.autograd.Function):
         d -= (p * d).sum(1, keepdim=True)
         growth = d.expm1()  # e^d − 1
         s = (p * (growth - d)).sum(1, keepdim=True)
-        # p·(e^d − 1 − s)/(1 + s), in the memory of `growth`: a batch's logits take 67 MB
+        # in the memory of `growth`: a batch's logits take 67 MB
         gradient = growth.sub_(s).mul_(p).div_((1 + s) * len(p))
         ctx.save_for_backward(gradient)
         return s.log1p().mean()
@@ -260,7 +261,7 @@ class KLDivergence(torch.autograd.Function):
 
 
 def kl_by_log_softmax(teacher_logits, student_logits):
-    """The same KL as one usually writes it. Its rounding noise, too, leaves ε = 0's fixed point."""
+    """The same KL as one usually writes it. Its rounding noise is enough to leave ε = 0."""
     return F.kl_div(student_logits.log_softmax(1), teacher_logits.log_softmax(1),
                     reduction="batchmean", log_target=True)
 
@@ -272,14 +273,13 @@ LOSSES = {"kl": KLDivergence.apply, "kl-log-softmax": kl_by_log_softmax, "mse": 
 
 def train(batch_loss, n, optimizer, *, steps, batch_size=256, seed=0, learning_rate=None,
           first_step=0):
-    """Train, and yield (steps made, loss, images in the batch) after each step, the loss as a
-    scalar on the device.
+    """Train, and after each step yield (steps made, loss as a scalar on the device, images in the
+    batch): between the steps the caller logs, probes, prunes and saves.
 
-    `batch_loss(index)` maps a batch of indices (B,) int64 into 0..n-1 to a scalar. Distillation and
-    supervised training (prune.py) use this loop; between the steps the caller logs, probes, prunes
-    and saves. `learning_rate` may be a function of the steps made; without it the optimiser keeps
-    its own. An epoch's order of the data depends on its number and the seed alone, so to stop
-    anywhere and go on from there, as `first_step`, changes nothing.
+    `batch_loss(index)` maps a batch of indices (B,) int64 into 0..n-1 to a scalar: distillation and
+    supervised training (prune.py) differ in it. `learning_rate(steps made)` sets each step's rate;
+    without it the optimiser keeps its own. An epoch's order of the data depends on its number and
+    the seed alone, so one may stop anywhere and go on from there, as `first_step`.
     """
     device = optimizer.param_groups[0]["params"][0].device
     per_epoch = math.ceil(n / batch_size)
@@ -303,11 +303,11 @@ def train(batch_loss, n, optimizer, *, steps, batch_size=256, seed=0, learning_r
 def teacher_vectors(teacher, images, stats, batch_size=256):
     """uint8 images (n, 3, s, s) -> what the teacher's projector makes of them: vectors (n, 256).
 
-    The teacher runs once. It is frozen and in eval mode (below), where its output for an image does
-    not depend on the rest of the batch, and the images are not augmented: so n vectors of 256
-    numbers give every logit it will ever have (all n·m would take 13 GB), and a step costs no
-    teacher encoder. They are made in float32 also where the student's encoder runs in 16 bits: for
-    ResNet20 that was measured to do no harm (results/README.md).
+    The teacher runs once: it is frozen and in eval mode, where its output for an image does not
+    depend on the rest of the batch, and the images are not augmented. Its vectors are kept, from
+    which the last layer makes logits; all n·m logits would take 13 GB. They are made in float32
+    also where the student's encoder runs in 16 bits, which for ResNet20 was measured to do no harm
+    (results/README.md).
     """
     return torch.cat([teacher.projector(embed(teacher.encoder, normalise(x, stats)))
                       for x in images.split(batch_size)])
@@ -315,7 +315,7 @@ def teacher_vectors(teacher, images, stats, batch_size=256):
 
 def distill(teacher, student, images, optimizer, *, divergence=KLDivergence.apply, amp="off",
             batch_size=256, **loop):
-    """Train `student` to say of each image what `teacher` says: the iterator that `train` returns.
+    """Return an iterator that trains `student` to say of each image what `teacher` says: `train`'s.
 
     The paper's whole experiment, with uint8 images (n, 3, s, s) on the networks' device:
 
@@ -326,12 +326,10 @@ def distill(teacher, student, images, optimizer, *, divergence=KLDivergence.appl
             print(step, loss.item())
 
     AdamW without weight decay is Adam. `divergence` maps teacher and student logits (B, m) to a
-    scalar, `amp` is that of `autocast`, and `loop` are further arguments of `train`. There are no
-    labels, and there is no augmentation.
+    scalar, `amp` is "bf16" or "off", and `loop` are further arguments of `train`. Who probes the
+    student between steps must leave it in training mode, as probe.py does.
     """
-    # In eval mode a random teacher's batch norms use their initial statistics, mean 0 and variance
-    # 1, while the student's use each batch's own: so with batch norm the two differ even at ε = 0,
-    # and the student has something to learn
+    # with batch norm this alone makes the two differ where ε = 0: see init_student
     teacher.requires_grad_(False).eval()
     student.train()
     stats = channel_stats(images)
@@ -571,7 +569,7 @@ CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() el
 def pick_device(name):
     """The torch.device for --device auto, cpu or cuda. Problem if there is no CUDA for it."""
     torch.backends.cudnn.benchmark = True  # batches of one shape: find the fastest convolution
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # no rounding
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # keeps 10 bits
     if name == "cuda" and not torch.cuda.is_available():
         raise Problem("--device cuda, but torch sees no CUDA device here: use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -639,7 +637,7 @@ def parse_args(argv=None):
     add("--loss", default="kl", choices=LOSSES, help="kl-log-softmax: off by some %% at 1e-6 nats")
     for name, default, kind, text in (
             ("--init-eps", 0.0, between(0, math.inf, float), "0: start at the teacher, inf: apart "
-             "from it; the paper's α is ε/(1+ε). For vgg* and vit* 1e-10: 0 is a fixed point"),
+             "from it; the paper's α is ε/(1+ε). 1e-10 without batch norm: 0 is a fixed point"),
             ("--dataset", "cifar10", str, f"{', '.join(DOWNLOADS)}; {', '.join(MADE)}, from the "
              "scripts in datasets/; noise; a .npz file, say of your images by datasets/folder.py"),
             ("--probe-dataset", None, str, "labelled data for the probes; None: --dataset"),
@@ -701,7 +699,7 @@ def show(row):
 def networks_at_start(args, checkpoint):
     """(teacher, student) before the first step, also where a run goes on: distances are from there.
 
-    Of seed s their seeds are 2s and 2s + 1, so that no two runs share a network by accident.
+    Of seed s their seeds are 2s and 2s + 1, so that no two seeds share a network.
     """
     settings = {name: getattr(args, name) for name in NETWORK_SETTINGS}
     teacher = random_network(2 * args.seed, **settings)
