@@ -73,7 +73,7 @@ def error_along_line(a, b, ts, test_error):
     """test_error(state) at the points (1−t)·a + t·b for t in `ts`, as an array; a and b are state
     dicts.
 
-    In float64, so that the ends are exact, and a line between equal networks is one point.
+    In float64, because lerp takes no int64, such as batch norm's number of batches.
     """
     return np.array([test_error({name: torch.lerp(p.double(), b[name].double(), t).to(p.dtype)
                                  for name, p in a.items()}) for t in ts])
@@ -95,8 +95,8 @@ def summary(errors):
 def labelled_subset(x, y, n):
     """n images and labels, each class in its share, or all if n is None; always the same ones.
 
-    In a shuffled order: data sets come sorted by class, and a batch norm that sees one class at a
-    time would give it away. Raises Problem without labels.
+    In a shuffled order: data sets come sorted by class, and batch norm's statistics of a batch of
+    one class would give it away. Raises Problem without labels.
     """
     if len(y.unique()) < 2:
         raise Problem("these images have no labels: name a labelled data set with --dataset")
@@ -197,9 +197,9 @@ def plane_args(argv):
 
 
 def lay_grid(theta, args):
-    """The plane through the anchors `theta` (3, N), and a grid on it that reaches well beyond them
-    or from args.x to args.y: ({"x", "y", "points" (3 + grid², 2), first the anchors}, weights(i),
-    which gives the vector (N,) at point i).
+    """A grid on the plane through the anchors `theta` (3, N), over the ranges args.x and args.y, or
+    well beyond the anchors. Returns {"x", "y", "points" (3 + grid², 2), first the anchors}, and a
+    function: weights(i) is the vector (N,) at point i.
     """
     origin, basis = plane_basis(theta, args.axes)
     corners = torch.linalg.solve(basis @ basis.T, basis @ (theta - origin).T).T.cpu().numpy()
@@ -217,8 +217,8 @@ def lay_grid(theta, args):
 
 @torch.no_grad()
 def kl_to_teacher(teacher, teacher_embeddings, network, embeddings, encoder_only):
-    """Mean KL in nats of a network from the teacher, from lists of their embeddings (B, r): of
-    their outputs, or with `encoder_only` of the softmaxed embeddings. In float64, in which the
+    """KL(teacher ‖ network) in nats, mean over the images, from lists of their embeddings (B, r):
+    of the logits' softmax or, with `encoder_only`, of the embeddings'. In float64, in which the
     usual form of the KL is exact enough.
     """
     total = 0
@@ -238,10 +238,10 @@ def plane(argv):
     With two runs, A and B, these are their students (the paper's shared view); with one, its
     student and where that student started (non-local view).
 
-    A point of the plane has weights, but no batch-norm statistics of its own, and those of an
-    anchor would normalise by the wrong mean and variance anywhere else. So at every point each
-    batch is normalised by its own statistics, as in the student's training. (So with batch norm the
-    KL at θ_T is not 0: the teacher it is measured from is in eval mode.)
+    A point of the plane has weights, but no batch-norm statistics of its own, and an anchor's would
+    be wrong anywhere else. So at every point batch norm uses those of each batch, as in the
+    student's training. With batch norm, therefore, the KL is not 0 even at θ_T: it is measured from
+    the teacher in eval mode.
     """
     args = plane_args(argv)
     device = pick_device(args.device)
@@ -249,13 +249,13 @@ def plane(argv):
     args.dataset = args.dataset or distilled["dataset"]
     args.amp = pick_amp(args.amp, device, distilled["arch"], distilled["norm"])
 
-    # Data: some of the images the student saw, normalised as they were for it
+    # Data: images the student saw, or of --dataset, normalised as in distilling on all of them
     n_seen = distilled["n_samples"] if args.dataset == distilled["dataset"] else None
     images, labels, test_x, test_y, n_classes, data_config = load_shuffled(args, distilled, n_seen,
                                                                      device)
     stats = channel_stats(images)
     images, labels = labelled_subset(images, labels, min(args.n_samples, len(labels)))
-    batches, test_batches = (  # even ones: none of a single image
+    batches, test_batches = (  # of one size: none is a single image
         [normalise(x, stats)
          for x in part.tensor_split(math.ceil(len(part) / distilled["batch_size"]))]
         for part in (images, test_x))
@@ -333,8 +333,8 @@ def connect(argv):
     Copies of one start differ in the order of the data alone; they have the same classifier and are
     trained as prune.py's full network is. Then comes the test error along the straight line between
     every two of them, and its barrier: the highest error minus the mean of the ends. At every point
-    batch norm's statistics are computed anew from training images: a mean of two networks'
-    statistics would fit neither, and show a barrier of its own.
+    batch norm's statistics are computed anew from training images, at the ends, too: a mean of two
+    networks' statistics would fit neither, and show a barrier of its own.
     """
     args = connect_args(argv)
     with run_directory(args.out, args.resume, "landscape.py") as checkpoint:
@@ -392,8 +392,8 @@ def fine_tune_and_connect(args, checkpoint):
         return 100 - classification_accuracy(between_copies, test_x, test_y, stats, args.amp)
 
     ts, pairs = np.linspace(0, 1, args.points), list(itertools.combinations(range(args.copies), 2))
-    errors = np.array([[error_along_line(copies[i + a], copies[i + b], ts, test_error)
-                        for a, b in pairs] for i in (0, args.copies)])
+    errors = np.array([[error_along_line(copies[first + a], copies[first + b], ts, test_error)
+                        for a, b in pairs] for first in (0, args.copies)])
     save_npz(npz, config, {"t": ts, "error": errors})
     for title, lines in zip(STARTS, errors):
         say(f"{title}: {summary(lines)}")
@@ -448,7 +448,7 @@ def draw_plane(config, arrays):
         figure.colorbar(mesh, ax=axis, label=label)
         axis.clabel(axis.contour(x, y, length, 6, colors="white", linewidths=0.8))
         axis.autoscale(False)  # anchors beyond a crop do not widen it
-        # the grid misses the anchors: here are their own colours
+        # the grid may miss the anchors: here are their own colours
         axis.scatter(*arrays["points"][:3].T, 80, arrays[quantity][:3], edgecolors="white",
                      zorder=3, norm=mesh.norm, cmap=mesh.cmap)
         for point, name in zip(arrays["points"], arrays["anchors"]):

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Everything, in order. Commands, and then the variables they listen to:
-#   bash run_all.sh quick [ARGS]   the central effects on a CPU, no download, minutes; ARGS go to distill.py
+#   bash run_all.sh quick [ARGS]   the central effects on a CPU, no download, minutes; a first call's ARGS go to distill.py
 #   bash run_all.sh mini           Fig. 3, a transfer of Table 2 and VGG's plateau at a CPU's size (hours)
 #   bash run_all.sh [full]         the whole paper on the GPUs of this machine; ends with results/REPORT.md
-#   bash run_all.sh list [1|2]     its jobs, one command a line (1, 2: of one stage); list mini; data: its data sets
+#   bash run_all.sh list [X]       its jobs, one command a line (X: stage 1 or 2, or mini); data: makes its data sets
 #   bash run_all.sh report [DIR]   every table and figure, from whatever is under runs/ (or DIR)
 #   bash run_all.sh test [ARGS]    the tests; ARGS go to pytest
-#   SEEDS="0 1 2"                  fewer seeds, fewer jobs (Fig. 8, which has five, then takes these, too)
+#   SEEDS="0 1"                    these seeds alone, in place of 0 1 2 (Fig. 8: of 0 1 2 3 4)
 #   CIFAR10=X, TINYIMAGENET=X      other data sets in place of the downloads; DATA_MIRROR=URL: where archives are
 #   TOY=X                          a rehearsal under runs/toy: every job for two steps on the few images of data set X
 #   JOBS=N, ON_CPU=1               so many jobs at once (default: one a GPU); full without a GPU
@@ -73,7 +73,7 @@ stage1() {
     # Fig. 4: n images (50,000 are Table 5's VGG11, more are CIFAR-5M's) or Gaussian noise, for as many steps
     steps="--steps 19600 --init-eps 1e-10" probed="--probe-dataset $cifar10"
     for n in 500 1000 2000 5000 10000 15000; do distil fig4-n$n vgg11 cifar10 --n-samples $n $steps; done
-    for n in $CIFAR5M; do cifar5m=${TOY:-cifar5m-$n}; distil fig4-n$n vgg11 cifar5m $probed $steps; done
+    for n in $CIFAR5M; do printf -v cifar5m %q "${TOY:-cifar5m-$n}"; distil fig4-n$n vgg11 cifar5m $probed $steps; done
     for n in 500 5000 50000 150000; do distil fig4-noise$n vgg11 noise $probed --n-samples $n $steps; done
     # Fig. 5, 13 to 17: the released code's last layer, its rows not normalised; a way past the README's plateau
     for eps in 1e-10 inf; do how="vgg11 cifar10 --init-eps $eps --l2-bottleneck lf/l"
@@ -122,7 +122,7 @@ fetch() {  # DATA SETS: each is there before jobs load it side by side
 }
 data() {
     [ -z "$TOY" ] || return 0; local n
-    compgen -G "data/cifar5m*/*.npz" >/dev/null || fail "five sizes of Fig. 4 need CIFAR-5M: put its .npz files into \
+    [ -e data/cifar5m-5000000.npz ] || compgen -G "data/cifar5m/*.npz" >/dev/null || fail "five sizes of Fig. 4 need CIFAR-5M: put its .npz files into \
 data/cifar5m/ by hand (https://github.com/preetum/cifar5m), or run the other lines of \`list\` yourself"
     fetch "${CIFAR10:-cifar10}" cifar100 stl10 "${TINYIMAGENET:-tinyimagenet}"
     for n in $CIFAR5M; do made cifar5m-$n cifar5m $n; done
@@ -136,21 +136,21 @@ the $(list | wc -l) jobs over a year, and 170 GB for checkpoints. A CPU can do \
 run_job() {  # LINE, SLOT: one job on one GPU, its output in a file; one that ends well is noted in $LOGS/done
     local gpus=($GPUS) out=${1%  #*} word log; out=${out##*--out }; out=${out##*--json }; log=${out//[^a-zA-Z0-9.-]/_}
     export CUDA_VISIBLE_DEVICES=${gpus[$2 % ${#gpus[@]}]}
-    # probe.py measures and writes: not again, unless the job or one of its runs has changed
+    # probe.py has no --resume: it measures again if the job, or a file that it names, has changed
     for word in $1; do [[ $out != *.json || ! $word -nt $out ]] || rm -f "$out"; done
     if [[ $out == *.json ]] && ! grep -qsxF -- "$1" $LOGS/probed; then rm -f "$out"; fi
     if [[ $out == *.json && -e $out ]] || bash -c "${1/#python/$PY}" >>"$LOGS/$log.log" 2>&1; then
         echo "$1" | tee -a $LOGS/probed >>$LOGS/done; echo "done    $log"
     else echo "FAILED  $log: $(tail -n 1 "$LOGS/$log.log")"; fi
 }
-run() {  # STAGES: all their jobs, as many at once as there are GPUs; the report; what did not end well, or was killed
+run() {  # STAGES: all their jobs, one a GPU or $JOBS at once; then the report; names what failed or was killed
     local stage line slot pids=()
-    GPUS=${CUDA_VISIBLE_DEVICES:-$("$PY" -c 'import torch; print(*range(torch.cuda.device_count()) or [-1])')}  # -1: no
+    GPUS=${CUDA_VISIBLE_DEVICES:-$("$PY" -c 'import torch; print(*range(torch.cuda.device_count()) or [-1])')}  # -1: none
     LOGS=runs/logs GPUS=${GPUS//,/ } JOBS=${JOBS:-$(wc -w <<<"${GPUS//,/ }")}; mkdir -p $LOGS; : >$LOGS/failed
     for stage in "$@"; do [ ! -s $LOGS/failed ] || break  # stage 2 wants all students of stage 1
         echo "$(list "$stage" | wc -l) jobs of stage $stage, $JOBS at once; their output: $LOGS/"; : >$LOGS/done
         while IFS= read -r line; do for ((slot = 0; ; slot++)); do  # the first whose job has ended, or was never begun
-            if [ $slot -eq "$JOBS" ]; then wait -n || true; slot=0; fi
+            if [ $slot -eq "$JOBS" ]; then wait -n 2>/dev/null || sleep 1; slot=0; fi
             kill -0 "${pids[slot]:-x}" 2>/dev/null || break; done
             run_job "$line" $slot </dev/null & pids[slot]=$!; done < <(list "$stage"); wait
         list "$stage" | grep -vxFf $LOGS/done >$LOGS/failed || true; done
@@ -161,18 +161,18 @@ plot() { [ $# -lt 3 ] || "$PY" $1 plot --figure $figures/$2.png "${@:3}" || true
 report() {  # [DIR with paper/ or mini/ in it]; a picture that cannot be drawn says why and stops no other
     local root=${1:-runs${TOY:+/toy}} to=${TOY:+runs/toy/} file; local figures=${to}figures/report
     [ -d "$root/paper" ] || [ -d "$root/mini" ] || fail "$root holds neither paper/ nor mini/: run jobs of \`list\`"
-    rm -f $figures/*.png; shopt -s nullglob  # what another report has left; no file, no word
+    rm -f $figures/*.png; shopt -s nullglob  # another report's, also ours, which git keeps; no file, no word
     set -- "$root"/paper/cifar10-resnet18-seed*/prune-*/config.json
     plot prune.py fig8 "${@%/config.json}"
     for file in "$root"/paper/*/connect/connect.npz; do
-        file=${file%/connect/*}; plot landscape.py fig9-${file##*-} $file/connect/connect.npz; done
+        file=${file%/connect/*}; plot landscape.py "fig9-${file##*-}" "$file/connect/connect.npz"; done
     for file in "$root"/paper/fig{5,13,14,15,16}-*.npz; do plot landscape.py "$(basename "$file" .npz)" "$file"; done
     "$PY" -m results.figures "$root" --figures $figures || true
     "$PY" -m results.report "$root" --out ${to:-results/}REPORT.md --figures $figures
 }
 case ${1:-full} in
     full)   environment; gpu; data; run 1 2 ;;
-    mini)   environment; fetch "${CIFAR10:-cifar10}" "${TINYIMAGENET:-tinyimagenet}"; run mini ;;
+    mini)   environment; [ -n "$TOY" ] || fetch "${CIFAR10:-cifar10}" "${TINYIMAGENET:-tinyimagenet}"; run mini ;;
     quick | data | report) environment; "$@" ;;
     test)   environment; "$PY" -m pytest -q test_smoke.py "${@:2}" ;;
     list)   "$@" ;;
