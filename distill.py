@@ -327,7 +327,7 @@ def distill(teacher, student, images, optimizer, *, divergence=KLDivergence.appl
 
     AdamW without weight decay is Adam. `divergence` maps teacher and student logits (B, m) to a
     scalar, `amp` is "bf16" or "off", and `loop` are further arguments of `train`. Who probes the
-    student between steps must leave it in training mode, as probe.py does.
+    student between steps must leave it in training mode, as probe.evaluate does.
     """
     # with batch norm this alone makes the two differ where ε = 0: see init_student
     teacher.requires_grad_(False).eval()
@@ -783,7 +783,7 @@ def run(args, checkpoint):
                "distance": torch.stack(moved).norm().item(),
                "images_per_s": n_seen / (time.time() - clock)}
         if not math.isfinite(row["loss"] + row["distance"]):
-            raise Problem(f"the loss is no longer finite by step {step}: lower --lr or take --amp "
+            raise Problem(f"the loss is no longer finite by step {step}: lower --lr or set --amp "
                           f"off; what {args.out} held is kept")
         log.append(row)
         if probing:

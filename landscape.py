@@ -371,7 +371,7 @@ def fine_tune_and_connect(args, checkpoint):
         for _, loss, _ in fine_tune(network, optimizer, images, labels, args, args.seed + i):
             pass
         if not loss.isfinite():
-            raise Problem("the loss of a copy is not finite: lower --lr or take --amp off; what "
+            raise Problem("the loss of a copy is not finite: lower --lr or set --amp off; what "
                           f"{args.out} held is kept")
         copies.append({name: t.cpu() for name, t in network.state_dict().items()})
         save(args.out / "last.pt", {"format": "landscape.py 4", "config": config,

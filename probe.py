@@ -39,10 +39,10 @@ def linear_probe(x, y, test_x, test_y, n_classes, seeds=(0,)):
     """The paper's linear probe (App. E): test accuracy in % after ten epochs of AdamW at torch's
     defaults, (D,).
 
-    `x` and `test_x` are features (n, r) float32, not standardised, `y` and `test_y` labels (n,).
-    Each of the D `seeds` is a draw of the head's initial weights and of one shuffle, so of the
-    batches of 256, which are the same in every epoch. The D heads train side by side: a step of one
-    is so small that a processor spends it waiting.
+    `x` and `test_x` are features (n, r) float32, used as they are, `y` and `test_y` labels (n,).
+    Each of the D `seeds` draws a head's initial weights and one shuffle of the images, which is cut
+    into batches of 256, the same in every epoch. The D heads train side by side, because one alone
+    is too small a task to keep a processor busy.
     """
     heads, orders = [], []
     for seed in seeds:
@@ -75,10 +75,10 @@ def linear_probe_converged(x, y, test_x, test_y, n_classes, l2=1e-3, tolerance=1
     """Test accuracy in % of logistic regression on standardised features, run until no gradient
     exceeds `tolerance`.
 
-    It minimises mean cross-entropy + l2/2·‖weight‖², shapes as above. Every step minimises a
-    quadratic upper bound of that loss (Böhning 1992) from `ahead`, where Nesterov's momentum leads
-    (it starts afresh where it points uphill): a few dozen steps, however the features are scaled
-    and correlated. Raises Problem if it does not converge.
+    It minimises mean cross-entropy + l2/2·‖weight‖², shapes as above. Each step goes to the minimum
+    of a quadratic upper bound of that loss at `ahead` (Böhning 1992), the point to which Nesterov's
+    momentum leads; where it leads uphill, it starts afresh. However correlated the features, a few
+    dozen steps do. Raises Problem if it does not converge.
     """
     # 1: for the bias
     x, test_x = (F.pad(part, (0, 1), value=1.0) for part in standardised(x, test_x))
@@ -86,7 +86,7 @@ def linear_probe_converged(x, y, test_x, test_y, n_classes, l2=1e-3, tolerance=1
     decay[-1] = 0  # the bias is free
     bound = (x.T @ x).double() / (2 * len(y))
     diagonal = bound.diagonal()
-    # a view of `bound`: l2, and a little more for what float32 rounded off
+    # l2, and a little more for what float32 rounded off; `diagonal` is a view of `bound`
     diagonal += decay[:, 0] + 1e-6 * diagonal.sum()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound)).float()
     target = F.one_hot(y, n_classes)
@@ -142,9 +142,9 @@ def extract_features(encoder, data):
 def spread(x):
     """{"cosine", "directions"}: do the features (n, r) point one way? In float64.
 
-    `cosine`, of two images' features, is 1 on average if they all do. `directions`, at most r and
-    n − 1, is the participation ratio (Σλ)²/Σλ² of their covariance's eigenvalues λ: how many carry
-    the variance, 0 if there is none. Neither knows whether they tell the classes apart.
+    `cosine`, the mean over pairs of images, is 1 if they all do. `directions`, at most r and n − 1,
+    is the participation ratio (Σλ)²/Σλ² of the covariance's eigenvalues λ: how many of them carry
+    the variance, 0 if there is none. Neither says whether the features tell the classes apart.
     """
     x, n = x.double(), len(x)
     total = F.normalize(x).sum(0).square().sum()  # of all n² cosines, n of them of an image itself
@@ -156,8 +156,8 @@ def spread(x):
 
 @torch.no_grad()
 def spread_along_depth(encoder, data):
-    """The `spread` of some 100 test images after each ReLU, or transformer layer, of an encoder in
-    eval mode: a list, from the first to the last; what a layer hands on is one vector (c·h·w,).
+    """A list of the `spread` of at most 100 test images after each ReLU, or transformer layer, from
+    first to last; all that it hands on is one vector. Leaves `encoder` in eval mode.
     """
     found, images = [], data.test_x[::math.ceil(len(data.test_x) / 100)]
     hooks = [module.register_forward_hook(lambda *call: found.append(spread(call[2].flatten(1))))
@@ -170,10 +170,10 @@ def spread_along_depth(encoder, data):
 
 
 def judge(x, test_x, data, seeds=(0,)):
-    """All probes of features in %, and the `spread` of some 2,000 test images' features.
+    """All probes of features in %, and the `spread` of at most 2,000 test images' features.
 
-    The paper's probe draws its initial weights and order of images from each of `seeds`. Several
-    draws give, in place of "linear_paper", its "_mean", "_std" and "_max", the luckiest.
+    The paper's probe is drawn once for each of `seeds`. One gives "linear_paper"; several give
+    "linear_paper_mean", "linear_paper_std" and "linear_paper_max", the luckiest.
     """
     parts = x, data.train_y, test_x, data.test_y, len(data.classes)
     # 25 at once: more leave a processor's cache
@@ -212,9 +212,9 @@ def whitened(x, test_x, ridge=0.1):
     √(λ + ridge·mean λ), λ being the variance of `x` along it; axes of mere rounding are 0.
 
     A control, as `standardised` is: a linear map that is learnt without labels, and trains no
-    network. The ridge keeps axes of hardly any variance from counting as much as the first. Linear
-    probes hardly depend on it, and the converged one, which standardises again, does not see it;
-    k-NN, which cannot weigh axes, does (results/README.md tries others).
+    network. The ridge keeps axes of hardly any variance from counting as much as the first. Up to
+    0.1 the paper's probe hardly depends on it; the converged one, which standardises again, never
+    does; k-NN, which cannot weigh axes, does (results/README.md tries others).
     """
     mean = x.double().mean(0)
     variance, axes = torch.linalg.eigh(x.T.double().cov())
@@ -229,7 +229,7 @@ TREATMENTS = {"": lambda *parts: parts, ", standardised": standardised, ", white
 def encoders_of(args, runs, data):
     """Yield (name, encoder, name of the teacher it is compared with) of all to be probed."""
     def with_calibrated(name, encoder):
-        """A random teacher, and the same with calibrated batch norm, if it has any."""
+        """A teacher, and the same with calibrated batch norm, if it has any."""
         yield name, encoder, None
         if "BatchNorm" in str(encoder):
             yield f"{name}, calibrated", calibrated(encoder, data), name
@@ -297,10 +297,10 @@ def main(argv=None):
     say(f"{dataset}: {len(data.train_y):,} training and {len(data.test_y):,} test images, "
         f"{len(data.classes)} classes, {device.type}.\n"
         "Test accuracy in %; in brackets the gain over the teacher treated alike. paper: its\n"
-        f"linear probe, mean of {args.draws} draws; luckiest: of these (the paper: of 100).\n")
+        f"linear probe, mean of {args.draws} draws; luckiest: their best (the paper: of 100).\n")
     columns = {"linear_paper_mean": "paper", "linear_paper_max": "luckiest",
                "linear_converged": "converged", "knn": "k-NN"}
-    line = "{:36}" + 4 * "{:>15}" + "{:>8}{:>12}"
+    line = "{:44}" + 4 * "{:>15}" + "{:>8}{:>12}"
     say(line.format("", *columns.values(), "cosine", "directions"))
     found = {}
     for name, encoder, teacher in encoders_of(args, runs, data):

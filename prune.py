@@ -5,14 +5,14 @@
     run=runs/cifar10-resnet18-eps0-seed0
     python prune.py $run                                     the student, rewound to its own weights
     python prune.py $run --init teacher --rewind-epoch 2     its teacher's random weights
-    python prune.py $run --control random                    as many weights per layer, but any
+    python prune.py $run --control random                    as many per layer, drawn by lot
     python prune.py plot runs/cifar10-resnet18-eps0-seed*    all curves of these runs
 
-One round: train with labels, prune the 20 % of the remaining weights that are smallest, put the
-survivors back where they were at the rewinding point, train again. A *ticket* is a mask under which
-that training does well (Frankle & Carbin 2019). From random weights, larger networks have to be
-rewound to a point some epochs into the training (Frankle et al. 2020); the paper finds that a
-distilled student is such a point already.
+Round 0 trains with labels. Each later round prunes the smallest 20 % of the remaining weights, puts
+the survivors back where they were at the rewinding point, and trains again. A *ticket* is a mask
+under which that training does well (Frankle & Carbin 2019). From random weights, larger networks
+have to be rewound to a point some epochs into the training (Frankle et al. 2020); the paper finds
+that a distilled student is such a point already.
 """
 import copy
 import csv
@@ -39,8 +39,8 @@ from distill import (
 # ---- Training with labels, here and in landscape.py ----------------------------------------------
 
 def new_classifier(encoder, width, n_classes, seed, lr):
-    """(network, optimizer) for `fine_tune`: the `encoder`, with embeddings of that width, and a
-    linear head, whose weights the seed fixes; and SGD as the paper has it.
+    """(network, optimizer) for `fine_tune`: the `encoder`, to be trained, of that embedding width,
+    and a linear head, whose weights the seed fixes; and SGD as the paper has it.
     """
     torch.manual_seed(seed)
     device = next(encoder.parameters()).device
@@ -75,8 +75,8 @@ def fine_tune(network, optimizer, images, labels, args, order_seed, first_step=0
     """`train` a classifier for args.epochs epochs with labels, flips and crops.
 
     The learning rate args.lr falls tenfold at half and at three quarters of the steps (epochs 80
-    and 120 of 160). Of args, epochs, batch_size, lr, amp and seed count; trainings with one seed
-    differ at most in `order_seed`, that of the order of the data.
+    and 120 of 160). It reads epochs, batch_size, lr, amp and seed of args; the crops follow
+    args.seed, the order of the data `order_seed`.
     """
     stats, steps = channel_stats(images), args.epochs * math.ceil(len(images) / args.batch_size)
     counter = itertools.count(first_step)
@@ -110,15 +110,12 @@ def add_fine_tuning_options(add):
     add("--batch-size", default=256, type=POSITIVE, help="images a step")
     add("--dataset", help="labelled data to train on; None: the one the run was probed on")
     add("--n-samples", type=POSITIVE, help="training images, each class in its share; None: all")
-    add("--seed", type=SEED, help="of the linear classifier, the order of the data and the crops; "
-        "None: the run's")
+    add("--seed", type=SEED, help="of classifier, data order, crops, random masks; None: the run's")
     add_common_options(add)
 
 
 def fill_in(args, device, distilled):
-    """Replace what is None, or auto, in the options of fine-tuning by what fits the distilled run
-    of that config.
-    """
+    """Replace None and auto in fine-tuning's options by what fits the run of config `distilled`."""
     args.dataset = args.dataset or distilled["probe_dataset"] or distilled["dataset"]
     args.seed = distilled["seed"] if args.seed is None else args.seed
     if args.lr is None:
@@ -141,9 +138,7 @@ def prunable(network, everything=False):
 
 @torch.no_grad()
 def magnitude_mask(weights, mask, keep):
-    """The `keep` largest |weights| of all layers together, of those that `mask` has left, as a new
-    mask.
-    """
+    """A new mask: the `keep` largest |weights| that `mask` has left, over all layers together."""
     magnitude = torch.cat([w.abs().masked_fill(~mask[name], -1).flatten()
                            for name, w in weights.items()])
     survives = torch.zeros_like(magnitude, dtype=torch.bool)
@@ -154,12 +149,12 @@ def magnitude_mask(weights, mask, keep):
 
 
 def random_mask(mask, by_magnitude, seed):
-    """As many survivors in each layer as the mask `by_magnitude` has, but any of those that `mask`
-    has left: the control. (Those are of the control's own weights, not the ticket's.)
+    """The control: in each layer as many survivors as the mask `by_magnitude` has, drawn by lot
+    from those that `mask` has left. (Magnitudes are those of the control's own weights.)
     """
-    generator, result = torch.Generator().manual_seed(seed), {}
+    rng, result = np.random.default_rng(seed), {}
     for name, m in by_magnitude.items():
-        scores = {name: torch.rand(m.shape, generator=generator).to(m.device)}
+        scores = {name: torch.from_numpy(rng.random(m.shape)).to(m.device)}
         result |= magnitude_mask(scores, {name: mask[name]}, m.sum())
     return result
 
@@ -176,13 +171,13 @@ def apply_mask(weights, mask):
 def parse_args(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("run", type=Path, help="run directory of distill.py, whose student or teacher is pruned")
+    add("run", type=Path, help="a run of distill.py; or plot, which has a --help of its own")
     add("--init", default="student", choices=("student", "teacher"), help="start at the distilled "
         "student or at its teacher's random weights (the paper's random init)")
     add("--rewind-epoch", default=0, type=between(0, 2**31), metavar="ℓ", help="rewind to the end "
         "of this epoch of the first training; 0 is the very start")
-    add("--control", choices=("random",), help="random: prune as many weights of each layer as "
-        "their magnitudes would have it, but any")
+    add("--control", choices=("random",), help="random: prune by lot, in each layer as many "
+        "weights as their magnitudes would have it")
     add("--prune-all", action="store_true", help="prune biases and norms too, as the released code "
         "does")
     add("--rounds", default=24, type=between(0, 1000), help="number of prunings, each with a "
@@ -194,7 +189,7 @@ def parse_args(argv=None):
     add_fine_tuning_options(add)
     args = parser.parse_args(argv)
     if args.rewind_epoch >= args.epochs:
-        parser.error(f"--rewind-epoch {args.rewind_epoch} is beyond the run: it must be less than "
+        parser.error(f"--rewind-epoch {args.rewind_epoch} is too late: it must be less than "
                      f"--epochs {args.epochs}")
     name = f"prune-{args.init}-rewind{args.rewind_epoch}"
     name += "-all" * args.prune_all + "-control" * bool(args.control)
@@ -216,7 +211,7 @@ def prune(args, encoder, distilled, checkpoint):
     """Train the encoder, prune it, rewind it, and train it again, round by round."""
     device = pick_device(args.device)
     fill_in(args, device, distilled)
-    data = load_data(args.dataset, distilled["image_size"], device=device)
+    data = load_data(args.dataset, distilled["image_size"], device)
     if len(data.test_y) == 0:
         raise Problem(f"{args.dataset} has no labels to train on: name a labelled data set with "
                       "--dataset")
@@ -243,7 +238,7 @@ def prune(args, encoder, distilled, checkpoint):
         save(args.out / "log.csv", log)  # a kill may have come before it
 
     def snapshot(step):
-        """A copy of everything that a step changes, and how many were made."""
+        """A copy of everything that a step changes, and the number of steps made."""
         return copy.deepcopy({"network": network.state_dict(), "optimizer": optimizer.state_dict(),
                               "step": step})
 
@@ -265,7 +260,8 @@ def prune(args, encoder, distilled, checkpoint):
             rewinding_point = snapshot(0)
         else:  # prune, and rewind: weights, optimiser, schedule, order of the data and crops
             smaller = magnitude_mask(weights, mask, left)
-            mask = random_mask(mask, smaller, args.seed + round_number) if args.control else smaller
+            mask = (random_mask(mask, smaller, (args.seed, round_number)) if args.control
+                    else smaller)
             network.load_state_dict(rewinding_point["network"])
             # a copy: an optimiser keeps, and changes, what it is given
             optimizer.load_state_dict(copy.deepcopy(rewinding_point["optimizer"]))
@@ -280,7 +276,7 @@ def prune(args, encoder, distilled, checkpoint):
             if round_number == 0 and step == args.rewind_epoch * per_epoch:
                 rewinding_point = snapshot(step)
         if not all(w.isfinite().all() for w in weights.values()):
-            raise Problem(f"weights are not finite after round {round_number}: lower --lr or take "
+            raise Problem(f"weights are not finite after round {round_number}: lower --lr or set "
                           f"--amp off; what {args.out} held is kept")
         # accuracies in % of the test images; the paper has the best over all epochs' ends
         log.append({"round": round_number, "weights_left": 100 * left / total,

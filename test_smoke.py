@@ -932,7 +932,7 @@ distill --image-size 8: at least 16
 probe: name one or more
 probe a --teacher vgg11 --dataset leaves: name one or more
 probe a --json a.txt: .json
-prune a --rewind-epoch 3 --epochs 3: --rewind-epoch 3 is beyond
+prune a --rewind-epoch 3 --epochs 3: --rewind-epoch 3 is too late
 landscape: command
 landscape plane a --x nan 1: at least
 landscape plane a --out a.png: .npz"""))
@@ -1145,7 +1145,6 @@ def test_anchors_have_their_own_loss_exactly(here, options):
 
 
 def test_lines_are_straight_and_exact_at_their_ends():
-    # In float32 a line between equal networks would not be one point
     (a, b), states = randn(2, 99), []
     error = lambda state: states.append(state["w"]) or len(states)
     for end in (a, b):
