@@ -1,7 +1,7 @@
 """What treated.py found, as the tables of results/README.md, "Whitened teachers, at the paper's
 size", and as a picture.
 
-    python -m results.cpu.treated_tables figures/report/whitened.png
+    python -m results.cpu.treated_tables figures/whitened.png
 """
 import csv
 import json
