@@ -37,6 +37,7 @@ from distill import (
     KLDivergence, Problem, channel_stats, kl_by_log_softmax, load_checkpoint, load_data, normalise,
     random_network, read_checkpoint, save)
 from results import figures, report
+from results.cpu import treated_tables
 
 REPO = Path(__file__).parent
 # Networks as small as these are as fast on one thread, and on two, where something else runs on the
@@ -1432,7 +1433,7 @@ def test_claims_on_landscapes_and_the_kl(far, shows):
     assert report.kl_peaks_early([{"end": {"distance": 20}, "rows": rows}])[1] == shows
 
 
-def test_the_readmes_table_is_that_of_the_committed_files():
+def test_tables_of_readme_and_lab_book_are_those_of_the_committed_files():
     text = (REPO / "README.md").read_text().replace("−", "-")
     found = strict_json(REPO / "results/quick/summary.json")
     for student, treatment in product(("eps0", "epsinf", "noise"), ("", ", whitened")):
@@ -1441,6 +1442,8 @@ def test_the_readmes_table_is_that_of_the_committed_files():
                 f"student runs/quick/{student}", "teacher resnet20 seed 0"))
             shown = (treatment, key) != (", whitened", "linear_converged")
             assert (f"{score:.2f} ({score - teacher:+.2f})" in text) == shown, (student, key)
+    lab_book = (REPO / "results/README.md").read_text()
+    assert all(table in lab_book for table in treated_tables.tables())
 
 
 def test_the_committed_report_and_pictures_come_from_the_committed_logs(here):

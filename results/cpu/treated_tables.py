@@ -94,8 +94,9 @@ def draw(path):
                   color="0.85", linewidth=9, solid_capstyle="butt",
                   label="the paper, teacher to student" * (row == 0))
     for label, treatment, style in (
-            ("our random teacher", "", "k*"), ("its features standardised", ", standardised", "C1o"),
-            ("its features whitened", ", whitened", "C0D")):
+            ("our teacher's features as they are", "", "k*"),
+            ("the same standardised", ", standardised", "C1o"),
+            ("the same whitened", ", whitened", "C0D")):
         points = [(number, row) for row, arch in enumerate(ARCHS)
                   for number in values(arch, "linear_paper_max", treatment)]
         axis.plot(*zip(*points), style, label=label)
