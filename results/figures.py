@@ -41,7 +41,7 @@ FIGURES = (  # file; how its runs are named, without their x if it is in the nam
 )
 WORDS = {  # for names that do not speak for themselves
     "quick/eps0": "student, ε = 0", "quick/epsinf": "student, ε = ∞",
-    "quick/noise": "student distilled on noise", "mini/plateau-lf-l-6000-steps": "as in the paper",
+    "quick/noise": "student distilled on noise", "mini/plateau-lf-l-6000-steps": "as released",
     "mini/plateau-lf-l-warmup200": "warm-up of 200 steps", "mini/plateau-lf-l-lr3e-4": "--lr 3e-4",
     "mini/plateau-lf-l-epsinf": "ε = ∞", "mini/fig3-eps": "ResNet20, 10,000 images",
     "cifar10-resnet20": "ResNet20", "cifar10-resnet18": "ResNet18", "cifar10-vgg11": "VGG11"}
@@ -67,10 +67,10 @@ def draw_figure(results, paper, folder, file, names, x, panels):
             lines[match[1]][1 - 1 / (1 + number) if "α" in x else number] = [*group.values()]
     if not lines:
         return
-    pyplot.style.use("tableau-colorblind10")
+    pyplot.style.use("seaborn-v0_8-colorblind")
     shape, legend = (max(len(panels) // 3, 1), min(len(panels), 3)), {}
     picture, grid = pyplot.subplots(*shape, figsize=(3.6 * shape[1], 0.7 + 2.7 * shape[0]),
-                                    layout="constrained")
+                                    sharex=True, layout="constrained")
     for axis, (column, title) in zip(grid.flat, panels.items()):
         for name, groups in lines.items():
             first = [*groups.values()][0][0]
@@ -87,8 +87,8 @@ def draw_figure(results, paper, folder, file, names, x, panels):
                 legend[label + when], color = line, line[0].get_color()
                 if "log" in title:
                     level = first.get("constant_student_kl", np.nan)
-                    legend["the same answer for every image"] = axis.axhline(
-                        level, color=color, linestyle="dotted")
+                    axis.axhline(level, color=color, linestyle="dotted")
+                    legend["the same answer for every image"], = axis.plot([], [], "k:")
                 elif training and 0 in points and column in first["teacher"]:
                     legend["its teacher"], = axis.plot(0, first["teacher"][column], "k*", ms=9)
             for row in paper:

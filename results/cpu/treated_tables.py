@@ -87,7 +87,7 @@ def tables():
 
 def draw(path):
     """The paper's teachers and students joined by bars, ours as points, one a seed: maxima, all."""
-    pyplot.style.use("tableau-colorblind10")
+    pyplot.style.use("seaborn-v0_8-colorblind")
     figure, axis = pyplot.subplots(figsize=(9, 4), layout="constrained")
     for row, arch in enumerate(ARCHS):
         axis.plot([PAPER[f"{arch}, {role}"] for role in ("teacher", "student")], [row, row],
