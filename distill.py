@@ -6,8 +6,8 @@
     python distill.py --arch resnet20 --dataset leaves --out-dim 1024 --batch-size 128 --steps 400
 
 "Random Teachers are Good Teachers" (Sarnthein et al., ICML 2023, arXiv 2302.12091): linear probes
-of the student's embeddings beat those of the teacher's. The idea ends with `distill`, which uses
-all that stands above it; below it is plumbing. §, Table, Fig. and App. are the paper's. In shapes
+of the student's embeddings beat those of the teacher's. The idea ends with `distill`, which puts
+it together; below it is plumbing. §, Table, Fig. and App. alone are the paper's. In shapes
 n counts images, B those of a batch, s pixels a side, r numbers of an embedding, m logits.
 """
 import argparse, fcntl, json, math, os, re, subprocess, sys, time, warnings, zlib
@@ -129,19 +129,19 @@ def autocast(device, amp):
 def embed(encoder, images, amp="off"):
     """(B, 3, s, s) normalised images -> (B, r) float32 embeddings.
 
-    Only the encoder may run in 16 bits. From the embedding on everything stays in float32: logits
-    are about 1/16, where bfloat16 has steps of 5e-4, too coarse for the few 1e-3 by which student
-    and teacher come to differ.
+    Only the encoder may run in 16 bits; projector and logits stay in float32. In a random network
+    logits are about 1/16 (see Network): bfloat16 would round them to steps of 5e-4, too coarse for
+    the few 1e-3 by which student and teacher come to differ.
     """
     with autocast(images.device, amp):
         return encoder(images).float()
 
 
 # ---- Network = last layer ∘ projector ∘ encoder (App. E.1) ---------------------------------------
-# The paper's "L2 bottleneck" is logits = unit(W) · unit(A x): the projector ends in the affine map
-# A and a division by the output's length, the last layer is W, its rows divided by theirs. We write
-# it as projector/last layer, "lf/wl", and Fig. 12 leaves out some of these letters:
-#     l  the map, A or W        f  output divided by its length        w  rows divided by theirs
+# The paper's "L2 bottleneck": the projector ends in an affine map A, whose output is divided by its
+# L2 norm; the last layer is a matrix W, whose rows are divided by theirs; so logits are cosines. We
+# write it as projector/last layer, "lf/wl", and Fig. 12 leaves out some of these letters:
+#     l  the map, A or W     f  the output divided by its L2 norm     w  W's rows divided by theirs
 
 class L2Linear(nn.Module):
     """One half of the L2 bottleneck, (B, width) -> (B, out_dim); `code` has some of l, w and f."""
@@ -160,7 +160,7 @@ class L2Linear(nn.Module):
 
 
 class Network(nn.Module):
-    """Encoder (B, r), projector to vectors (B, 256), last layer to m = `out_dim` logits.
+    """Encoder, projector to vectors (B, 256; f/wl: 2048), last layer to m = `out_dim` logits.
 
     With lf/wl a logit is the cosine of two vectors of 256 numbers, the image's and one of m rows:
     at most 1, and about ±1/√256 = 1/16 in a random network. So the softmax is nearly flat and all
@@ -185,7 +185,7 @@ class Network(nn.Module):
 
 def random_network(seed, *args, **settings):
     """A freshly initialised Network(*args, **settings), on the CPU; a `seed` fixes its weights."""
-    torch.manual_seed(seed)  # ViTs keep torch's own initialisation, from its global generator
+    torch.manual_seed(seed)  # ViTs keep their own initialisation, from torch's global generator
     network, generator = Network(*args, **settings), torch.Generator().manual_seed(seed)
     for name, module in network.named_modules():
         if isinstance(network.encoder, ViT) and name.startswith("encoder"):
@@ -212,10 +212,10 @@ def init_student(teacher, independent, eps):
     ε = 0 copies the teacher, ε = inf keeps θ̃; the paper's locality α is ε/(1+ε). The root keeps
     the variance of the weights. Every parameter moves, as in the released code: norm weights, 1 in
     both networks, become (1+ε)/√(1+ε²), at most √2. Buffers (batch-norm statistics) stay fresh.
-    What is there to learn at ε = 0? In eval mode a random teacher's batch norms use their initial
-    statistics, mean 0 and variance 1, while the student's use each batch's own: the two differ.
-    Without batch norm they agree, the gradient is 0, and ε = 0 is a fixed point. The paper's
-    "α ≈ 0", ε = 1e-10, changes the last bits of the smallest weights: enough to leave it.
+    What is there to learn at ε = 0? The same weights are not the same function: in eval mode the
+    random teacher's batch norms (mean 0, variance 1) do nothing, while the student's normalise by
+    each batch. Without batch norm the two agree, and ε = 0 is a fixed point. The paper's
+    "α ≈ 0", ε = 1e-10, changes the last bits of the smallest weights: enough to get away.
     """
     scale = math.hypot(1, eps)
     for theta_t, theta in zip(teacher.parameters(), independent.parameters()):
@@ -232,11 +232,11 @@ class KLDivergence(torch.autograd.Function):
     Takes float32 logits (B, m) of the teacher, then of the student. Only the student's get a
     gradient.
 
-    Why not the cross-entropy? It has the same gradient, but it is the KL plus the teacher's
-    entropy, about ln 65536 = 11.09, where float32 has steps of 1e-6, a tenth of a KL of 1e-5 and
-    all of what it ends at. Why not two log-softmaxes? Their entries sit near −11, too. So let p be
-    the teacher's softmax and d = student − teacher logits, shifted so that Σ p·d = 0 (no softmax
-    sees a shift); then all is computed from numbers of the size of d, about a thousandth:
+    Why not the cross-entropy? Its gradient is the same, but its value is the KL plus the teacher's
+    entropy, about ln 65536 = 11.09, where float32 has steps of 1e-6: as large as the KL is at the
+    end. Two log-softmaxes sit near −11, too, and their rounding moves a student that should stay
+    put. So let p be the teacher's softmax and d = student − teacher logits, shifted so that
+    Σ p·d = 0 (no softmax sees a shift); then all is computed from numbers of the size of d:
 
         s         = Σ p·(e^d − 1 − d), all of its terms ≥ 0, = Σ p·e^d − 1
         p_student = p·e^d / Σ p·e^d = p·e^d / (1 + s)
@@ -276,8 +276,8 @@ def train(batch_loss, n, optimizer, *, steps, batch_size=256, seed=0, learning_r
     """Train, and after each step yield (steps made, loss as a scalar on the device, images in the
     batch): between the steps the caller logs, probes, prunes and saves.
 
-    `batch_loss(index)` maps a batch of indices (B,) int64 into 0..n-1 to a scalar: distillation and
-    supervised training (prune.py) differ in it. `learning_rate(steps made)` sets each step's rate;
+    `batch_loss(index)` is the loss on the images numbered `index`, (B,) int64: distillation and
+    supervised training (prune.py) differ here. `learning_rate(steps made)` sets each step's rate;
     without it the optimiser keeps its own. An epoch's order of the data depends on its number and
     the seed alone, so one may stop anywhere and go on from there, as `first_step`.
     """
@@ -315,9 +315,9 @@ def teacher_vectors(teacher, images, stats, batch_size=256):
 
 def distill(teacher, student, images, optimizer, *, divergence=KLDivergence.apply, amp="off",
             batch_size=256, **loop):
-    """Return an iterator that trains `student` to say of each image what `teacher` says: `train`'s.
+    """Return `train`'s iterator, each step of which fits `student` to `teacher` on one batch.
 
-    The paper's whole experiment, with uint8 images (n, 3, s, s) on the networks' device:
+    The paper's experiment, in small, with uint8 images (n, 3, s, s) on the networks' device:
 
         teacher = random_network(0, "resnet20", out_dim=1024)
         student = init_student(teacher, random_network(1, "resnet20", out_dim=1024), eps=0.0)
@@ -329,7 +329,7 @@ def distill(teacher, student, images, optimizer, *, divergence=KLDivergence.appl
     scalar, `amp` is "bf16" or "off", and `loop` are further arguments of `train`. Who probes the
     student between steps must leave it in training mode, as probe.evaluate does.
     """
-    # with batch norm this alone makes the two differ where ε = 0: see init_student
+    # eval mode: with batch norm this sets teacher and student apart at ε = 0 (see init_student)
     teacher.requires_grad_(False).eval()
     student.train()
     stats = channel_stats(images)

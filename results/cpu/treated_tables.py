@@ -95,7 +95,7 @@ def draw(path):
                   label="the paper, teacher to student" * (row == 0))
     for label, treatment, style in (
             ("our teacher's features as they are", "", "k*"),
-            ("the same standardised", ", standardised", "C1o"),
+            ("the same standardised", ", standardised", "C2o"),
             ("the same whitened", ", whitened", "C0D")):
         points = [(number, row) for row, arch in enumerate(ARCHS)
                   for number in values(arch, "linear_paper_max", treatment)]
