@@ -569,7 +569,7 @@ CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() el
 def pick_device(name):
     """The torch.device for --device auto, cpu or cuda. Problem if there is no CUDA for it."""
     torch.backends.cudnn.benchmark = True  # batches of one shape: find the fastest convolution
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # keeps 10 bits
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # 10 bits
     if name == "cuda" and not torch.cuda.is_available():
         raise Problem("--device cuda, but torch sees no CUDA device here: use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
