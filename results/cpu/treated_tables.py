@@ -33,7 +33,8 @@ def values(arch, key, treatment=""):
 
 
 def shares(arch):
-    """How much of the paper's gain the luckiest draw on the whitened teacher has, by seed."""
+    """How far from the paper's teacher to its student the whitened one's luckiest draw is, by seed.
+    """
     teacher, student = PAPER[f"{arch}, teacher"], PAPER[f"{arch}, student"]
     return [(luckiest - teacher) / (student - teacher)
             for luckiest in values(arch, "linear_paper_max", ", whitened")]
@@ -110,4 +111,5 @@ def draw(path):
 
 if __name__ == "__main__":
     print(*tables(), sep="\n")
-    draw(sys.argv[1])
+    for path in sys.argv[1:]:
+        draw(path)
