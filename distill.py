@@ -643,7 +643,7 @@ def parse_args(argv=None):
             ("--probe-dataset", None, str, "labelled data for the probes; None: --dataset"),
             ("--n-samples", None, POSITIVE, "images to distil on, each class in its share"),
             ("--image-size", 32, between(16, 2**31), "pixels a side, to which images are scaled"),
-            ("--out-dim", 2**16, POSITIVE, "number of logits m; 1024 spares a CPU much (Fig. 10)"),
+            ("--out-dim", 2**16, between(2, 2**31), "logits m; 1024 spares a CPU much (Fig. 10)"),
             ("--teacher", None, str, "run whose student is the teacher: a second round (Fig. 18)"),
             ("--epochs", 100, POSITIVE, "passes over the training images"),
             ("--steps", None, POSITIVE, "train for so many steps, whatever --epochs says"),

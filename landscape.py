@@ -109,7 +109,7 @@ def load_shuffled(args, distilled, n, device):
     """n training images of args.dataset, their labels, args.n_test test images, their labels, the
     number of classes, and what a config says of all that.
     """
-    data = load_data(args.dataset, distilled["image_size"], device=device)
+    data = load_data(args.dataset, distilled["image_size"], device)
     images, labels = labelled_subset(data.train_x, data.train_y, n)
     test_x, test_y = labelled_subset(data.test_x, data.test_y, min(args.n_test, len(data.test_y)))
     data_config = {"n_images": len(images), "n_test_images": len(test_x), "distilled": distilled,
@@ -268,13 +268,14 @@ def plane(argv):
         for net in (*networks, network))
     arrays, weights = lay_grid(torch.stack([flatten(anchor) for anchor in anchors]), args)
     arrays |= {"anchors": np.array(names), **dict.fromkeys(("length", *QUANTITIES), np.empty(0))}
-    config = {**to_config(args), **data_config, "n_images": len(images)}
+    config = to_config(args) | data_config | {"n_images": len(images)}
     if args.out.exists():
         if not args.resume:
             raise Problem(f"{args.out} exists: add --resume to go on with it, or name another file "
                           "with --out")
         begun_with, arrays = read_npz(args.out)
         check_same(args.out, begun_with, config, MAY_CHANGE | {"a", "b"})
+        config["provenance"] = provenance(device, {"config": begun_with})
     say(f"{distilled['arch']}{progress(distilled)} on {args.dataset}: {args.grid} x {args.grid} "
         f"points, KL and probes on {len(images):,} images, scored on {len(test_x):,}, "
         f"m={distilled['out_dim']:,}, {device.type}, amp {args.amp} -> {args.out}")
@@ -351,6 +352,7 @@ def fine_tune_and_connect(args, checkpoint):
     copies = []  # state dicts, the student's first
     if checkpoint:
         check_same(args.out, checkpoint["config"], config, MAY_CHANGE - {"epochs"})
+        config["provenance"] = provenance(device, checkpoint)
         copies = checkpoint["copies"]
     npz = args.out / "connect.npz"
     if npz.exists():
@@ -441,8 +443,7 @@ def draw_plane(config, arrays):
         values, length = (arrays[name][3:].reshape(len(y), len(x)) for name in (quantity, "length"))
         bright = {"cmap": "viridis"}  # is good, in all panels
         if quantity == "kl":
-            positive = values[values > 0]  # none where m = 1
-            extremes = np.quantile(positive, (0.005, 0.995)) if positive.size else (1e-7, 1e-3)
+            extremes = np.quantile(values[values > 0], (0.005, 0.995))  # a log has no 0
             bright = {"cmap": "viridis_r", "norm": colors.LogNorm(*extremes, clip=True)}
         mesh = axis.pcolormesh(x, y, values, **bright)
         figure.colorbar(mesh, ax=axis, label=label)
@@ -452,7 +453,7 @@ def draw_plane(config, arrays):
         axis.scatter(*arrays["points"][:3].T, 80, arrays[quantity][:3], edgecolors="white",
                      zorder=3, norm=mesh.norm, cmap=mesh.cmap)
         for point, name in zip(arrays["points"], arrays["anchors"]):
-            symbol = str(name).replace("*_S", "_S^*").replace("θ", r"\theta")
+            symbol = name.replace("*_S", "_S^*").replace("θ", r"\theta")
             axis.annotate(f"${symbol}$", point, (7, 5), textcoords="offset points", fontsize=12,
                           clip_on=True, bbox={"color": "white", "alpha": 0.6, "pad": 1})
         axis.set(xlabel=f"steps to {arrays['anchors'][1]}", ylabel=f"to {arrays['anchors'][2]}")
@@ -472,7 +473,6 @@ def draw_lines(arrays):
         top = arrays["t"][mean.argmax()]
         axis.annotate("barrier", (top, mean.max()), (top, (mean[0] + mean[-1]) / 2), ha="center",
                       arrowprops={"arrowstyle": "<-"})
-        say(f"{title}: {summary(errors)}")
         axis.set(title=f"copies of the {title}\n{summary(errors)}", ylabel="test error (%)",
                  xlabel=f"from copy (0) to copy (1)\n{len(errors)} pairs; thick: their mean")
     return figure

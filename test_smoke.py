@@ -632,7 +632,7 @@ distill --steps 2 --log-every 1 --init-eps inf: save 7
 {PLANE} near far: set_parameters 11
 {CONNECT}: save 2
 {CONNECT}: error_along_line 2"""))
-def test_what_is_killed_goes_on_to_the_same_numbers(here, words, killed_at):
+def test_what_is_killed_goes_on_to_the_same_numbers(here, words, killed_at, monkeypatch):
     """Killed at a call of a module's function; at one of `save`, before that file is written."""
     do(f"{words} --out whole.npz")
     (function, n), module, calls = killed_at.split(), globals()[words.split()[0]], count(1)
@@ -643,11 +643,15 @@ def test_what_is_killed_goes_on_to_the_same_numbers(here, words, killed_at):
         do(f"{words} --out a.npz")
     if "plane" in words:
         problem("landscape plot a.npz", "9 of 12 points", "--resume")
+    monkeypatch.setattr(distill, "CPUINFO", "")  # on another processor
     do(f"{words} --out a.npz --resume")
     torch.testing.assert_close(left("a.npz"), left("whole.npz"), rtol=0, atol=0, equal_nan=True)
     if "landscape" not in words:
         assert {*os.listdir("a.npz")} == {*os.listdir("whole.npz")}
         assert curve("a.npz") == curve("whole.npz")
+    else:
+        npz = Path("a.npz/connect.npz" if "connect" in words else "a.npz")
+        assert ", then " in landscape.read_npz(npz)[0]["provenance"]["hardware"]
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_overwritten_or_mixed(here):
@@ -930,6 +934,7 @@ distill --arch vgg11 --image-size 48: multiple of 32
 distill --arch vit-base-p8 --image-size 48: multiple of 32
 distill --arch vgg11 --image-size 32 --norm none: is for ResNets
 distill --image-size 8: at least 16
+distill --out-dim 1: at least 2
 probe: name one or more
 probe a --teacher vgg11 --dataset leaves: name one or more
 probe a --json a.txt: .json
@@ -1194,10 +1199,7 @@ def test_pictures_are_drawn_from_the_npz(here):
     plane("a.npz")
     plane("b.npz", "far --axes barycentric")
     connect()
-    for eps in ("1", "inf"):  # one logit: no KL anywhere
-        run(f"--steps 1 --out-dim 1 --init-eps {eps}", eps)
-    assert not plane("zero.npz", "1 inf")["kl"].any()
-    for words in ("a.npz", "b.npz", "zero.npz", "c/connect.npz"):
+    for words in ("a.npz", "b.npz", "c/connect.npz"):
         do(f"landscape plot {words} --figure f.png")
         assert Path("f.png").stat().st_size > 10_000
         Path("f.png").unlink()
