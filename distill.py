@@ -10,7 +10,7 @@ of the student's embeddings beat those of the teacher's. The idea ends with `dis
 it together; below it is plumbing. §, Table, Fig. and App. alone are the paper's. In shapes
 n counts images, B those of a batch, s pixels a side, r numbers of an embedding, m logits.
 """
-import argparse, fcntl, json, math, os, re, subprocess, sys, time, warnings, zlib
+import argparse, fcntl, json, math, os, re, shlex, subprocess, sys, time, warnings, zlib
 from collections import namedtuple
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -72,6 +72,7 @@ class ViT(nn.Module):
     """
     def __init__(self, width, patch, image_size):
         super().__init__()
+        torch.backends.mha.set_fastpath_enabled(False)  # eval mode's: another GELU, on a GPU
         self.patches = nn.Conv2d(3, width, patch, stride=patch)
         self.token = nn.Parameter(torch.randn(1, 1, width))
         self.positions = nn.Parameter(torch.randn(1, 1 + (image_size // patch) ** 2, width))
@@ -414,7 +415,7 @@ def save(path, content):
         else:
             content(temporary)
         temporary.replace(path)
-    except (OSError, RuntimeError, ValueError) as error:  # torch's at a full disk is a RuntimeError
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # Runtime-: torch's full disk
         raise Problem(f"cannot write {path}: {str(error).splitlines()[0]}") from None
     finally:
         with suppress(OSError):
@@ -497,9 +498,9 @@ def load_data(name, image_size=32, device="cpu", n=None):
         script = name.split("-")[0]
         raise Problem(f"there is no {file}: datasets/{script if script in MADE else 'folder'}.py "
                       f"makes it (there are {', '.join(DOWNLOADS + MADE)} and noise, too)")
-    x, y, test_x, test_y = (torch.from_numpy(array).to(device) for array in arrays)
+    x, y, test_x, test_y = map(torch.from_numpy, arrays)
     x, test_x = (resize(images.permute(0, 3, 1, 2), image_size) for images in (x, test_x))
-    return Data(x, y.long(), test_x, test_y.long(), classes)
+    return Data(*(part.to(device) for part in (x, y.long(), test_x, test_y.long())), classes)
 
 
 def stratified_subset(x, y, n):
@@ -548,7 +549,8 @@ def npz_data(path):
     """
     try:
         with np.load(path) as file:
-            *arrays, classes = (file[name].astype(file[name].dtype.type) for name in Data._fields)
+            *arrays, classes = (array.astype(array.dtype.type, copy=False)  # native bytes
+                                for array in map(file.get, Data._fields))
         for x, y in (arrays[:2], arrays[2:]):
             n, size = x.shape[:2]
             # bincount wants whole numbers from 0 on
@@ -590,8 +592,8 @@ def provenance(device, checkpoint=None):
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name()
     # of this repository, not of one in which this code merely lies
-    git = (f"cd '{Path(__file__).parent}' && git ls-files --error-unmatch distill.py >/dev/null "
-           "2>&1 && git describe --always --dirty --exclude='*'")
+    git = (f"cd {shlex.quote(str(Path(__file__).parent))} && git ls-files --error-unmatch "
+           "distill.py >/dev/null 2>&1 && git describe --always --dirty --exclude='*'")
     made = {"hardware": hardware, "torch": str(torch.__version__),
             "commit": subprocess.getoutput(git) or "?"}
     before = checkpoint["config"]["provenance"] if checkpoint else made
@@ -643,7 +645,7 @@ def parse_args(argv=None):
             ("--probe-dataset", None, str, "labelled data for the probes; None: --dataset"),
             ("--n-samples", None, POSITIVE, "images to distil on, each class in its share"),
             ("--image-size", 32, between(16, 2**31), "pixels a side, to which images are scaled"),
-            ("--out-dim", 2**16, between(2, 2**31), "logits m; 1024 spares a CPU much (Fig. 10)"),
+            ("--out-dim", 2**16, POSITIVE, "number of logits m; 1024 spares a CPU much (Fig. 10)"),
             ("--teacher", None, str, "run whose student is the teacher: a second round (Fig. 18)"),
             ("--epochs", 100, POSITIVE, "passes over the training images"),
             ("--steps", None, POSITIVE, "train for so many steps, whatever --epochs says"),

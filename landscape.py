@@ -56,7 +56,7 @@ def plane_basis(theta, axes):
     is the plane's point of least norm. Raises Problem where the points span no plane.
     """
     step_1, step_2 = theta[1:] - theta[0]
-    e1 = step_1 / step_1.norm().clamp(min=1e-300)
+    e1 = step_1 / step_1.norm()
     height = step_2 - step_2 @ e1 * e1  # Gram-Schmidt
     if (min(step_1.norm(), step_2.norm()) < 1e-6 * theta[0].norm()
             or height.norm() < 1e-3 * step_2.norm()):
@@ -261,7 +261,7 @@ def plane(argv):
         for part in (images, test_x))
 
     # The plane, and a network whose weights go from point to point
-    teacher = networks[0].to(device)
+    teacher = networks[0]
     network = deepcopy(teacher).train()
     *anchors, parameters = (
         list((net.encoder if args.encoder_only else net).to(device).parameters())
@@ -280,6 +280,7 @@ def plane(argv):
         f"points, KL and probes on {len(images):,} images, scored on {len(test_x):,}, "
         f"m={distilled['out_dim']:,}, {device.type}, amp {args.amp} -> {args.out}")
 
+    save_npz(args.out, config, arrays)  # from here on, nobody else begins it
     # One point at a time: vmap over four took 2.5 times as long (CPU, batches of 128)
     teacher_embeddings = [embed(teacher.encoder, batch) for batch in batches]
     total = len(arrays["points"])
@@ -338,13 +339,13 @@ def connect(argv):
     networks' statistics would fit neither, and show a barrier of its own.
     """
     args = connect_args(argv)
+    loaded = load_checkpoint(args.run)
     with run_directory(args.out, args.resume, "landscape.py") as checkpoint:
-        fine_tune_and_connect(args, checkpoint)
+        fine_tune_and_connect(args, *loaded, checkpoint)
 
 
-def fine_tune_and_connect(args, checkpoint):
+def fine_tune_and_connect(args, teacher, student, distilled, checkpoint):
     device = pick_device(args.device)
-    teacher, student, distilled = load_checkpoint(args.run)
     fill_in(args, device, distilled)
     images, labels, test_x, test_y, n_classes, data_config = load_shuffled(args, distilled,
                                                                      args.n_samples, device)
@@ -443,7 +444,7 @@ def draw_plane(config, arrays):
         values, length = (arrays[name][3:].reshape(len(y), len(x)) for name in (quantity, "length"))
         bright = {"cmap": "viridis"}  # is good, in all panels
         if quantity == "kl":
-            extremes = np.quantile(values[values > 0], (0.005, 0.995))  # a log has no 0
+            extremes = np.quantile(values.clip(1e-9), (0.005, 0.995))  # a log has no 0
             bright = {"cmap": "viridis_r", "norm": colors.LogNorm(*extremes, clip=True)}
         mesh = axis.pcolormesh(x, y, values, **bright)
         figure.colorbar(mesh, ax=axis, label=label)
@@ -467,10 +468,10 @@ def draw_lines(arrays):
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, 2, figsize=(7.5, 4), sharey=True, layout="constrained")
     for axis, title, errors in zip(axes, STARTS, arrays["error"]):
-        mean = errors.mean(0)
-        axis.plot(arrays["t"], errors.T, color="grey")
-        axis.plot(arrays["t"], mean, linewidth=2.5)
-        top = arrays["t"][mean.argmax()]
+        t, mean = arrays["t"], errors.mean(0)
+        axis.plot(t, errors.T, color="grey")
+        axis.plot(t, mean, linewidth=2.5)
+        top = t[mean.argmax()]
         axis.annotate("barrier", (top, mean.max()), (top, (mean[0] + mean[-1]) / 2), ha="center",
                       arrowprops={"arrowstyle": "<-"})
         axis.set(title=f"copies of the {title}\n{summary(errors)}", ylabel="test error (%)",

@@ -146,11 +146,12 @@ def spread(x):
     is the participation ratio (Σλ)²/Σλ² of the covariance's eigenvalues λ: how many of them carry
     the variance, 0 if there is none. Neither says whether the features tell the classes apart.
     """
-    x, n = x.double(), len(x)
-    total = F.normalize(x).sum(0).square().sum()  # of all n² cosines, n of them of an image itself
+    x = x.double()
+    unit, n = F.normalize(x), len(x)  # a vector of zeros stays one
+    total = unit.sum(0).square().sum() - unit.square().sum()  # of all n·(n − 1) cosines
     x = x - x.mean(0)
     gram = x @ x.T  # has the eigenvalues of the covariance, but for a factor
-    return {"cosine": ((total - n) / (n * (n - 1))).item(),
+    return {"cosine": (total / (n * (n - 1))).item(),
             "directions": (gram.trace() ** 2 / gram.square().sum().clamp(min=1e-99)).item()}
 
 
@@ -178,9 +179,8 @@ def judge(x, test_x, data, seeds=(0,)):
     parts = x, data.train_y, test_x, data.test_y, len(data.classes)
     # 25 at once: more leave a processor's cache
     draws = torch.cat([linear_probe(*parts, seeds[i:i + 25]) for i in range(0, len(seeds), 25)])
-    paper = {"linear_paper": draws[0].item()} if len(seeds) == 1 else {
-        "linear_paper_mean": draws.mean().item(), "linear_paper_std": draws.std().item(),
-        "linear_paper_max": draws.max().item()}
+    paper = {"linear_paper": draws.item()} if len(seeds) == 1 else {
+        f"linear_paper_{name}": getattr(draws, name)().item() for name in ("mean", "std", "max")}
     return {**paper, "linear_converged": linear_probe_converged(*parts), "knn": knn_probe(*parts),
             **spread(test_x[::math.ceil(len(test_x) / 2000)])}
 
@@ -300,7 +300,7 @@ def main(argv=None):
         f"linear probe, mean of {args.draws} draws; luckiest: their best (the paper: of 100).\n")
     columns = {"linear_paper_mean": "paper", "linear_paper_max": "luckiest",
                "linear_converged": "converged", "knn": "k-NN"}
-    line = "{:44}" + 4 * "{:>15}" + "{:>8}{:>12}"
+    line = "{:44}{:>15}{:>15}{:>15}{:>15}{:>8}{:>12}"
     say(line.format("", *columns.values(), "cosine", "directions"))
     found = {}
     for name, encoder, teacher in encoders_of(args, runs, data):

@@ -43,8 +43,7 @@ def new_classifier(encoder, width, n_classes, seed, lr):
     and a linear head, whose weights the seed fixes; and SGD as the paper has it.
     """
     torch.manual_seed(seed)
-    device = next(encoder.parameters()).device
-    head = nn.Linear(width, n_classes).to(device)
+    head = nn.Linear(width, n_classes).to(next(encoder.parameters()).device)
     network = nn.Sequential(OrderedDict(encoder=encoder.requires_grad_(True), head=head)).train()
     return network, torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
 
@@ -145,7 +144,7 @@ def magnitude_mask(weights, mask, keep):
     # by rank, not by threshold: ties add none
     survives[magnitude.argsort(descending=True, stable=True)[:keep]] = True
     layers = survives.split([w.numel() for w in weights.values()])
-    return {name: layer.view(w.shape) for (name, w), layer in zip(weights.items(), layers)}
+    return {name: layer.view_as(w) for (name, w), layer in zip(weights.items(), layers)}
 
 
 def random_mask(mask, by_magnitude, seed):
@@ -216,8 +215,9 @@ def prune(args, encoder, distilled, checkpoint):
         raise Problem(f"{args.dataset} has no labels to train on: name a labelled data set with "
                       "--dataset")
     images, labels = stratified_subset(data.train_x, data.train_y, args.n_samples)
-    config = {**to_config(args), "n_images": len(labels), "data_checksum": checksum(data),
-              "distilled": distilled, "provenance": provenance(device, checkpoint)}
+    config = to_config(args) | {
+        "n_images": len(labels), "data_checksum": checksum(data), "distilled": distilled,
+        "provenance": provenance(device, checkpoint)}
     if checkpoint:
         check_same(args.out, checkpoint["config"], config, MAY_CHANGE - {"epochs"} | {"rounds"})
 
@@ -268,7 +268,7 @@ def prune(args, encoder, distilled, checkpoint):
             apply_mask(weights, mask)
         accuracies, clock = [], time.time()
         for step, *_ in fine_tune(network, optimizer, images, labels, args, args.seed,
-                                  rewinding_point["step"] * (round_number > 0)):
+                                  rewinding_point["step"]):
             apply_mask(weights, mask)
             if step % per_epoch == 0:
                 accuracies.append(classification_accuracy(network, data.test_x, data.test_y, stats,
@@ -304,10 +304,10 @@ def read_curve(folder):
                      for row in csv.DictReader(file)}
         ends = f", {len(curve) - 1} of {config['rounds']} rounds" * (len(curve) <= config["rounds"])
         return (f"{config['init']}, ℓ = {config['rewind_epoch']}, {config['epochs']} epochs"
+                + ", all parameters" * config["prune_all"]
                 + ", random masks" * bool(config["control"]) + ends,
                 f"{config['distilled']['arch']}, {config['n_images']:,} images of "
-                f"{Path(config['dataset']).name}"
-                + f"; {config['rate']:.0%} pruned a round" * (config["rounds"] > 0), curve)
+                f"{Path(config['dataset']).name}", curve)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise Problem(f"{folder} holds no readable curve ({error!r}): leave it out, or prune "
                       "again") from None
@@ -330,6 +330,8 @@ def plot(argv):
                           "directory of a curve")
         folders += inside
     kinds, titles, curves = zip(*map(read_curve, folders))
+    if len(set(titles)) > 1:
+        kinds = [*map("; ".join, zip(kinds, titles))]
 
     say("best epoch's test accuracy in %")
     for i, (folder, kind) in enumerate(zip(folders, kinds), 1):
@@ -342,20 +344,20 @@ def plot(argv):
 
     from matplotlib import pyplot  # here, so that the numbers come out without it
     figure, axis = pyplot.subplots(figsize=(7, 4.6), layout="constrained")
-    for i, kind in enumerate(sorted(set(kinds))):  # repeats look alike
-        for curve in itertools.compress(curves, [kind == other for other in kinds]):
-            axis.plot(*zip(*curve.items()), label=kind, marker="osD^vP*X"[i % 8],
-                      color=f"C{i}", linestyle="--" if "random" in kind else "-")
-            if len(curve) == 1:  # no pruning: for comparison
-                axis.axhline(*curve.values(), color=f"C{i}", linestyle=":")
-    handles, labels = axis.get_legend_handles_labels()
+    order = sorted(set(kinds))
+    for kind, curve in zip(kinds, curves):
+        i = order.index(kind)  # repeats look alike
+        axis.plot(*zip(*curve.items()), label=kind, marker="osD^vP*X"[i % 8], color=f"C{i}",
+                  linestyle="--" if "random" in kind else "-")
+        if len(curve) == 1:  # no pruning: for comparison
+            axis.axhline(*curve.values(), color=f"C{i}", linestyle=":")
     ticks = levels[::math.ceil(len(levels) / 9)]  # with 100 %
     axis.set(xscale="log", xlabel="weights left (%)", ylabel="test accuracy, best epoch (%)",
-             title=max(titles, key=len))
+             title=titles[0])
     axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axis.set_xticks([], minor=True)
     axis.invert_xaxis()
-    one_of_each = dict(zip(labels, handles))
+    one_of_each = dict(zip(*reversed(axis.get_legend_handles_labels())))  # {label: line}
     figure.legend(one_of_each.values(), one_of_each, loc="outside lower center", ncols=2)
     picture = args.figure or args.runs[0] / "tickets.png"
     save(picture, lambda temporary: figure.savefig(temporary, dpi=150))

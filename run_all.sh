@@ -146,7 +146,7 @@ run_job() {  # LINE, SLOT: one job on one GPU, its output in a file; one that en
 run() {  # STAGES: all their jobs, one a GPU or $JOBS at once; then the report; names what failed or was killed
     local stage line slot pids=()
     GPUS=${CUDA_VISIBLE_DEVICES:-$("$PY" -c 'import torch; print(*range(torch.cuda.device_count()) or [-1])')}  # -1: none
-    LOGS=runs/logs GPUS=${GPUS//,/ } JOBS=${JOBS:-$(wc -w <<<"${GPUS//,/ }")}; mkdir -p $LOGS; : >$LOGS/failed
+    LOGS=runs${TOY:+/toy}/logs GPUS=${GPUS//,/ } JOBS=${JOBS:-$(wc -w <<<"${GPUS//,/ }")}; mkdir -p $LOGS; : >$LOGS/failed
     for stage in "$@"; do [ ! -s $LOGS/failed ] || break  # stage 2 wants all students of stage 1
         echo "$(list "$stage" | wc -l) jobs of stage $stage, $JOBS at once; their output: $LOGS/"; : >$LOGS/done
         while IFS= read -r line; do for ((slot = 0; ; slot++)); do  # the first whose job has ended, or was never begun

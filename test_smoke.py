@@ -160,7 +160,7 @@ def test_parameters_of_an_encoder_and_its_width(arch, count):
     assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, distill.EMBEDDING_WIDTH[arch])
 
 
-@cases("arch, tokens", [("vit-tiny", 5), ("vit-tiny-p8", 17)])
+@cases("arch, tokens", [("vit-small", 5), ("vit-tiny-p8", 17)])
 def test_the_vit_attends_over_tokens_in_twelve_layers(arch, tokens):
     # In the released code heads attend to each other, and tokens do not: a change of one patch
     # would not reach the class token, and the order of the patches would not count
@@ -168,7 +168,9 @@ def test_the_vit_attends_over_tokens_in_twelve_layers(arch, tokens):
     encoder.layer.register_forward_hook(lambda *call: shapes.append(call[2].shape))
     images = randn(2, 3, 32, 32)
     before = encoder(images)
-    assert shapes == [(2, tokens, 192)] * 12
+    assert shapes == [(2, tokens, distill.EMBEDDING_WIDTH[arch])] * 12
+    with torch.no_grad():  # torch has a faster way, which rounds otherwise
+        assert equal(encoder.eval()(images), before)
     # positions count
     assert not allclose(encoder(images.roll(16, 2)), before, atol=0.01)
     # the last patch of one image: another class token for that one
@@ -881,7 +883,8 @@ def test_spread_counts_directions():
     assert probe.spread(x) == approx({"cosine": -0.2, "directions": 3})
     found = probe.spread(x + 1000)
     assert found["cosine"] > 0.999 and found["directions"] == approx(3)
-    assert probe.spread(x * 0)["directions"] == 0  # a student that says nothing can be saved
+    # a student that says nothing can be saved
+    assert probe.spread(x * 0) == {"cosine": 0, "directions": 0}
 
 
 @cases("arch, depth", [("resnet20", 19), ("vgg11", 8), ("vit-tiny", 12)])
@@ -934,7 +937,6 @@ distill --arch vgg11 --image-size 48: multiple of 32
 distill --arch vit-base-p8 --image-size 48: multiple of 32
 distill --arch vgg11 --image-size 32 --norm none: is for ResNets
 distill --image-size 8: at least 16
-distill --out-dim 1: at least 2
 probe: name one or more
 probe a --teacher vgg11 --dataset leaves: name one or more
 probe a --json a.txt: .json
@@ -1199,7 +1201,10 @@ def test_pictures_are_drawn_from_the_npz(here):
     plane("a.npz")
     plane("b.npz", "far --axes barycentric")
     connect()
-    for words in ("a.npz", "b.npz", "c/connect.npz"):
+    for eps in ("1", "inf"):  # one logit: no KL anywhere
+        run(f"--steps 1 --out-dim 1 --init-eps {eps}", eps)
+    assert not plane("zero.npz", "1 inf")["kl"].any()
+    for words in ("a.npz", "b.npz", "zero.npz", "c/connect.npz"):
         do(f"landscape plot {words} --figure f.png")
         assert Path("f.png").stat().st_size > 10_000
         Path("f.png").unlink()
@@ -1387,7 +1392,7 @@ cifar100, vgg11, student | 26.62 | 20.00 (1) | 20.00 | -6.62 | 25.00 | lower | [
 vgg11, student | 51.98 | 50.00 (1) | 50.00 | -1.98 | 55.00 | unfinished
 n50000 | 51.36 |  |  |  |  | missing |
 n500 | 41.76 | 50.00 (1) | 43.70 | +8.24 | 48.70 | higher
-n1000 | 45.94 | 35.00 ± 35.36 (2) | 35.00 ± 35.36 | -10.94 | 40.00 ± 35.36 | agrees
+n1000 | 45.94 | 35.00 ± 35.36 (2) | 35.00 ± 35.36 | -10.94 | 40.00 ± 35.36 | scattered
 KL at the end 5.0e-06, then 5.0e-06 (n = 1) | does not show
 not finished: cifar10-vgg11-seed0 (1 to go)
 , 2 steps of 3, m = 4 (1 to go), 1 probes, amp off
@@ -1402,11 +1407,11 @@ not finished: cifar10-vgg11-seed0 (1 to go)
 
 
 @cases("rule, examples", table("""
-beats_its_teacher: 36 | 34
-flat_then_lower: 46 45 46 45 43 40 | 46 45 46 43 43 40 | 46 45 46 45 43 40///34 | 46 45 46 45 43 45
+beats_its_teacher: 37 | 35.5
+flat_then_lower: 46 45 46 45 43 40 | 46 45 46 43 43 40 | 46 45 46 45 43 40///34 | 46 45 46 45 43 44.5
 wide_enough: 36 46 46 46 46 47 | 45 46 46 46 46 46 | 36 43 46 46 46 46
-batch_norm_is_first: 46/40 45/39 45 45 45 | 46/40 45/41 45 45 45 | 46/40 43 45 45 45
-feature_norm_matters: 46 45 41 | 46 41 45
+batch_norm_is_first: 46/40 45/38 45 45 45 | 46/40 45/39.5 45 45 45 | 46/40 43 45 45 45
+feature_norm_matters: 46 45 41 | 46 41 45 | 46 50 49
 second_round_adds_nothing: 46//1 47//0.01 | 46//1 47//0.5 | 46//1 49//0.01
 switch_changes_little: 46 45 | 46 43 | 46 49
 student_is_a_ticket: 92 90 91 91.8 | 92 93 91 91.8 | 92 90 91 91 | 92 90////40 91 91.8"""))

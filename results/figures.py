@@ -36,12 +36,13 @@ FIGURES = (  # file; how its runs are named, without their x if it is in the nam
     ("fig17.png", "raw-[^/]*$", "distillation epoch", STUDENT),
     ("fig18.png", "cifar10-resnet18$|cifar10-vgg11$|fig18-[^/]*$", "distillation epoch", STUDENT),
     ("mini-fig3.png", "mini/fig3-eps", "locality α", PERCENT),
-    ("mini-plateau.png", "mini/plateau-lf-l-(6000-steps|warmup200|lr3e-4|epsinf)$",
+    ("mini-plateau.png", "mini/plateau-lf-l-(6000-steps|lr1e-3|warmup200|lr3e-4|epsinf)$",
      "distillation epoch", PLATEAU),
 )
 WORDS = {  # for names that do not speak for themselves
     "quick/eps0": "student, ε = 0", "quick/epsinf": "student, ε = ∞",
     "quick/noise": "student distilled on noise", "mini/plateau-lf-l-6000-steps": "as released",
+    "mini/plateau-lf-l-lr1e-3": "as released",
     "mini/plateau-lf-l-warmup200": "warm-up of 200 steps", "mini/plateau-lf-l-lr3e-4": "--lr 3e-4",
     "mini/plateau-lf-l-epsinf": "ε = ∞", "mini/fig3-eps": "ResNet20, 10,000 images",
     "cifar10-resnet20": "ResNet20", "cifar10-resnet18": "ResNet18", "cifar10-vgg11": "VGG11"}
