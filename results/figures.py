@@ -66,8 +66,8 @@ def draw_figure(results, paper, folder, file, names, x, panels):
         if match and group:
             number = 0 if training else float(match[match.lastindex] or 0)  # in place of α its ε
             lines[match[1]][1 - 1 / (1 + number) if "α" in x else number] = [*group.values()]
-    if not lines:
-        return
+    if not lines or not training and max(map(len, lines.values())) < 2:
+        return  # over a single number of logits, say, there is nothing to see
     pyplot.style.use("seaborn-v0_8-colorblind")
     shape, legend = (max(len(panels) // 3, 1), min(len(panels), 3)), {}
     picture, grid = pyplot.subplots(*shape, figsize=(3.6 * shape[1], 0.7 + 2.7 * shape[0]),
