@@ -688,6 +688,8 @@ distill --out {distill.__file__}: cannot write to
 {PRUNE} --out q --rounds 100: last weight
 {PRUNE} --out q --lr 1e30: not finite
 prune plot nowhere: no pruning curve in nowhere
+prune plot p --figure p.json: cannot write p.json
+landscape connect nowhere: no checkpoint at nowhere
 {PLANE} near: no plane
 {PLANE} near near: no plane
 {PLANE} near other: different teachers
@@ -704,7 +706,7 @@ landscape plot none.npz: none.npz is no whole file
 probe near --dataset noise: noise has no labels"""):
         problem(words, says)
     run("--steps 2 --resume")  # nothing is left to do
-    assert before == {path: path.read_bytes() for path in before}
+    assert before == {path: path.read_bytes() for path in before} and not Path("nowhere").exists()
 
 
 def test_neither_a_full_disk_nor_a_loss_that_is_not_finite_costs_what_there_was(here):
@@ -1092,7 +1094,7 @@ def test_plot_draws_every_curve_from_its_log_alone(here, capsys):
 0/prune-a {} 60 50
 0/prune-b {"init":"teacher"} 60 40
 0/prune-c {"control":"random"} 61 30
-1 {"rounds":9} 70 71 72""".splitlines():
+1 {"rounds":9,"n_images":9,"prune_all":true} 70 71 72""".splitlines():
         out, change, *best = curve_of.split()
         save(Path(out, "config.json"), {**config, "rounds": 1, **json.loads(change)})
         save(Path(out, "log.csv"), [
@@ -1102,10 +1104,10 @@ def test_plot_draws_every_curve_from_its_log_alone(here, capsys):
     Image.open("f.png")
     assert capsys.readouterr().out.startswith("""\
 best epoch's test accuracy in %
-  [1] student, ℓ = 0, 3 epochs (0/prune-a)
-  [2] teacher, ℓ = 0, 3 epochs (0/prune-b)
-  [3] student, ℓ = 0, 3 epochs, random masks (0/prune-c)
-  [4] student, ℓ = 0, 3 epochs, 2 of 9 rounds (1)
+  [1] student, ℓ = 0, 3 epochs; resnet20, 60 images of toy.npz (0/prune-a)
+  [2] teacher, ℓ = 0, 3 epochs; resnet20, 60 images of toy.npz (0/prune-b)
+  [3] student, ℓ = 0, 3 epochs, random masks; resnet20, 60 images of toy.npz (0/prune-c)
+  [4] student, ℓ = 0, 3 epochs, all parameters, 2 of 9 rounds; resnet20, 9 images of toy.npz (1)
 weights left (%)       [1]       [2]       [3]       [4]
           100.00     60.00     60.00     61.00     70.00
            80.00     50.00     40.00     30.00     71.00
