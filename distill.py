@@ -7,8 +7,8 @@
 
 "Random Teachers are Good Teachers" (Sarnthein et al., ICML 2023, arXiv 2302.12091): linear probes
 of the student's embeddings beat those of the teacher's. The idea ends with `distill`, which puts
-it together; below it is plumbing. §, Table, Fig. and App. alone are the paper's. In shapes
-n counts images, B those of a batch, s pixels a side, r numbers of an embedding, m logits.
+it together; below it is plumbing. Bare §, Table, Fig. and App. are the paper's. In shapes n counts
+images, B those of a batch, s pixels a side, r numbers of an embedding, m logits (65,536).
 """
 import argparse, fcntl, json, math, os, re, shlex, subprocess, sys, time, warnings, zlib
 from collections import namedtuple
@@ -30,7 +30,7 @@ from torchvision.transforms.functional import resize
 
 def channel_stats(images):
     """Mean and std of uint8 images (n, 3, s, s) by channel: (1, 3, 1, 1) float32 in 0..255."""
-    # from each channel's histogram: exact, and 15 times as fast as from the pixels
+    # from each channel's histogram: exact, and fast
     shares = torch.stack([channel.flatten().bincount(minlength=256)
                           for channel in images.unbind(1)]).double() / images[:, 0].numel()
     values = torch.arange(256).to(shares)
@@ -72,7 +72,7 @@ class ViT(nn.Module):
     """
     def __init__(self, width, patch, image_size):
         super().__init__()
-        torch.backends.mha.set_fastpath_enabled(False)  # eval mode's: another GELU, on a GPU
+        torch.backends.mha.set_fastpath_enabled(False)  # in eval mode, on GPUs, its GELU differs
         self.patches = nn.Conv2d(3, width, patch, stride=patch)
         self.token = nn.Parameter(torch.randn(1, 1, width))
         self.positions = nn.Parameter(torch.randn(1, 1 + (image_size // patch) ** 2, width))
@@ -81,7 +81,7 @@ class ViT(nn.Module):
             norm_first=True)
         attention, bound = self.layer.self_attn, width**-0.5
         for p in (attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.bias):
-            # as torch initialises its Linear; its attention does otherwise
+            # as torch initialises a Linear; its attention does otherwise
             nn.init.uniform_(p, -bound, bound)
         self.norm = nn.LayerNorm(width)
 
@@ -139,13 +139,13 @@ def embed(encoder, images, amp="off"):
 
 
 # ---- Network = last layer ∘ projector ∘ encoder (App. E.1) ---------------------------------------
-# The paper's "L2 bottleneck": the projector ends in an affine map A, whose output is divided by its
-# L2 norm; the last layer is a matrix W, whose rows are divided by theirs; so logits are cosines. We
-# write it as projector/last layer, "lf/wl", and Fig. 12 leaves out some of these letters:
-#     l  the map, A or W     f  the output divided by its L2 norm     w  W's rows divided by theirs
+# The paper's "L2 bottleneck": the projector ends in an affine map (l), whose output is divided by
+# its L2 norm (f); the last layer divides the rows of a matrix by theirs (w) and multiplies by it
+# (l). So logits are cosines. We write projector/last layer, "lf/wl"; Fig. 12 leaves out letters,
+# whose order means nothing.
 
 class L2Linear(nn.Module):
-    """One half of the L2 bottleneck, (B, width) -> (B, out_dim); `code` has some of l, w and f."""
+    """Half of the bottleneck, by its letters: (B, width) -> (B, out_dim), without l (B, width)."""
     def __init__(self, code, width, out_dim, bias):
         super().__init__()
         self.code = code
@@ -208,15 +208,15 @@ def random_network(seed, *args, **settings):
 @torch.no_grad()
 def init_student(teacher, independent, eps):
     """Turn the network `independent`, of weights θ̃, into the student's start
-    θ_S = (θ_T + ε·θ̃)/√(1 + ε²), and return it.
+    θ_S = (θ_T + ε·θ̃)/√(1 + ε²), where θ_T is the teacher's, and return it.
 
     ε = 0 copies the teacher, ε = inf keeps θ̃; the paper's locality α is ε/(1+ε). The root keeps
-    the variance of the weights. Every parameter moves, as in the released code: norm weights, 1 in
-    both networks, become (1+ε)/√(1+ε²), at most √2. Buffers (batch-norm statistics) stay fresh.
+    the variance of the weights. It is for every parameter, as in the released code: norm weights, 1
+    in both networks, become (1+ε)/√(1+ε²). Buffers (batch-norm statistics) stay fresh.
     What is there to learn at ε = 0? The same weights are not the same function: in eval mode the
     random teacher's batch norms (mean 0, variance 1) do nothing, while the student's normalise by
-    each batch. Without batch norm the two agree, and ε = 0 is a fixed point. The paper's
-    "α ≈ 0", ε = 1e-10, changes the last bits of the smallest weights: enough to get away.
+    each batch. Without batch norm the two agree, and in float32 ε = 0 is a fixed point. The paper's
+    "α ≈ 0", ε = 1e-10, changes the last bits of the smallest weights; Adam magnifies that.
     """
     scale = math.hypot(1, eps)
     for theta_t, theta in zip(teacher.parameters(), independent.parameters()):
@@ -233,16 +233,16 @@ class KLDivergence(torch.autograd.Function):
     Takes float32 logits (B, m) of the teacher, then of the student. Only the student's get a
     gradient.
 
-    Why not the cross-entropy? Its gradient is the same, but its value is the KL plus the teacher's
-    entropy, about ln 65536 = 11.09, where float32 has steps of 1e-6: as large as the KL is at the
-    end. Two log-softmaxes sit near −11, too, and their rounding moves a student that should stay
-    put. So let p be the teacher's softmax and d = student − teacher logits, shifted so that
-    Σ p·d = 0 (no softmax sees a shift); then all is computed from numbers of the size of d:
+    Why not the cross-entropy? Its gradient is the same, but its value adds the teacher's entropy,
+    about ln 65536 = 11.09, where float32 has steps of 1e-6: as large as the KL is at the end. Two
+    log-softmaxes near −11 round likewise, which moves a student that should stay put. So let p be
+    the teacher's softmax and d = student − teacher logits, shifted so that Σ p·d = 0 (no softmax
+    sees a shift); then all is computed from numbers of the size of d, and is 0 where d is:
 
-        s         = Σ p·(e^d − 1 − d), all of its terms ≥ 0, = Σ p·e^d − 1
-        p_student = p·e^d / Σ p·e^d = p·e^d / (1 + s)
-        KL        = Σ p·log(p / p_student) = log(1 + s)
-        gradient  = p_student − p = p·(e^d − 1 − s) / (1 + s), over B for the batch's mean
+        k         = Σ p·(e^d − 1 − d) = Σ p·e^d − 1, a sum of terms ≥ 0
+        p_student = p·e^d / Σ p·e^d = p·e^d / (1 + k)
+        KL        = Σ p·log(p / p_student) = log(1 + k)
+        gradient  = p_student − p = p·(e^d − 1 − k) / (1 + k), over B for the batch's mean
     """
     @staticmethod
     def forward(ctx, teacher_logits, student_logits):
@@ -250,11 +250,11 @@ class KLDivergence(torch.autograd.Function):
         d = student_logits - teacher_logits
         d -= (p * d).sum(1, keepdim=True)
         growth = d.expm1()  # e^d − 1
-        s = (p * (growth - d)).sum(1, keepdim=True)
+        k = (p * (growth - d)).sum(1, keepdim=True)
         # in the memory of `growth`: a batch's logits take 67 MB
-        gradient = growth.sub_(s).mul_(p).div_((1 + s) * len(p))
+        gradient = growth.sub_(k).mul_(p).div_((1 + k) * len(p))
         ctx.save_for_backward(gradient)
-        return s.log1p().mean()
+        return k.log1p().mean()
 
     @staticmethod
     def backward(ctx, upstream):
@@ -274,11 +274,11 @@ LOSSES = {"kl": KLDivergence.apply, "kl-log-softmax": kl_by_log_softmax, "mse": 
 
 def train(batch_loss, n, optimizer, *, steps, batch_size=256, seed=0, learning_rate=None,
           first_step=0):
-    """Train, and after each step yield (steps made, loss as a scalar on the device, images in the
-    batch): between the steps the caller logs, probes, prunes and saves.
+    """Train, and after each step yield (steps made, loss as a scalar on the device, size of the
+    batch), so that the caller can log, probe, prune and save in between.
 
-    `batch_loss(index)` is the loss on the images numbered `index`, (B,) int64: distillation and
-    supervised training (prune.py) differ here. `learning_rate(steps made)` sets each step's rate;
+    `batch_loss(index)` is the loss on the images numbered `index`, (B,) int64: in it distillation
+    and supervised training (prune.py) differ. `learning_rate(steps made)` sets each step's rate;
     without it the optimiser keeps its own. An epoch's order of the data depends on its number and
     the seed alone, so one may stop anywhere and go on from there, as `first_step`.
     """
@@ -306,9 +306,8 @@ def teacher_vectors(teacher, images, stats, batch_size=256):
 
     The teacher runs once: it is frozen and in eval mode, where its output for an image does not
     depend on the rest of the batch, and the images are not augmented. Its vectors are kept, from
-    which the last layer makes logits; all n·m logits would take 13 GB. They are made in float32
-    also where the student's encoder runs in 16 bits, which for ResNet20 was measured to do no harm
-    (results/README.md).
+    which the last layer makes logits; all n·m logits would take 13 GB. They are float32 even where
+    the student's encoder runs in 16 bits, which does ResNet20 no harm (results/README.md).
     """
     return torch.cat([teacher.projector(embed(teacher.encoder, normalise(x, stats)))
                       for x in images.split(batch_size)])
