@@ -25,8 +25,7 @@ assert sys.version_info >= (3, 10) and torch.__version__ >= (2, 4)'
 }
 quick() {  # what is done is skipped, what was interrupted goes on, and a student that went on is probed again
     local student="$PY distill.py --arch resnet20 --out-dim 1024 --batch-size 128 --steps 400 --eval-every 100 --resume"
-    local out=runs/quick start run
-    made leaves leaves
+    local out=runs/quick start run; made leaves leaves
     $student --dataset leaves --init-eps 0 --out $out/eps0 "$@"
     $student --dataset leaves --init-eps inf --out $out/epsinf "$@"
     $student --dataset noise --n-samples 10000 --probe-dataset leaves --init-eps 0 --out $out/noise "$@"
@@ -147,13 +146,14 @@ run() {  # STAGES: all their jobs, one a GPU or $JOBS at once; then the report; 
     local stage line slot pids=()
     GPUS=${CUDA_VISIBLE_DEVICES:-$("$PY" -c 'import torch; print(*range(torch.cuda.device_count()) or [-1])')}  # -1: none
     LOGS=runs${TOY:+/toy}/logs GPUS=${GPUS//,/ } JOBS=${JOBS:-$(wc -w <<<"${GPUS//,/ }")}; mkdir -p $LOGS; : >$LOGS/failed
-    for stage in "$@"; do [ ! -s $LOGS/failed ] || break  # stage 2 wants all students of stage 1
+    for stage in "$@"; do  # stage 2 does not begin without a student that it wants
+        [ ! -s $LOGS/failed ] || ! list "$stage" | grep -Ff <(sed 's/.*--out \([^ ]*\).*/\1/' $LOGS/failed) >/dev/null || break
         echo "$(list "$stage" | wc -l) jobs of stage $stage, $JOBS at once; their output: $LOGS/"; : >$LOGS/done
         while IFS= read -r line; do for ((slot = 0; ; slot++)); do  # the first whose job has ended, or was never begun
             if [ $slot -eq "$JOBS" ]; then wait -n 2>/dev/null || sleep 1; slot=0; fi
             kill -0 "${pids[slot]:-x}" 2>/dev/null || break; done
             run_job "$line" $slot </dev/null & pids[slot]=$!; done < <(list "$stage"); wait
-        list "$stage" | grep -vxFf $LOGS/done >$LOGS/failed || true; done
+        list "$stage" | grep -vxFf $LOGS/done >>$LOGS/failed || true; done
     (report) || echo "${TOY:+TOY=$TOY }bash run_all.sh report" >>$LOGS/failed
     [ ! -s $LOGS/failed ] || fail "$(wc -l <$LOGS/failed) jobs did not end well; run this again, or them: $LOGS/failed"
 }

@@ -1322,6 +1322,18 @@ if __name__ == "__main__":
     assert "eps4" in killed and "error: 3 jobs did not end well" in done.stderr.splitlines()[-1]
 
 
+@cases("wanted, done", table("""
+cifar10-resnet18-seed1: 0
+fig4-n500-seed1: 46"""))
+def test_stage_2_begins_unless_it_wants_a_student_that_was_lost(clone, wanted, done):
+    """With a stand-in that does all jobs but one, and one that makes the report."""
+    jobs = f"""run_job() {{ [[ $1 == *{wanted}* ]] || echo "$1" >>$LOGS/done; }}"""
+    told = sh(f"""bash -c 'source $0 list >/dev/null; PY=true GPUS=0 JOBS=9; report() {{ :; }}
+{jobs}; (run 1 2) || grep -c "stage 2" runs/logs/done' {clone}/run_all.sh""")
+    assert told.stdout.splitlines()[-1] == done, told
+    assert "error: 1 jobs did not end well" in told.stderr
+
+
 def test_what_is_probed_is_probed_again_where_its_run_went_on(here):
     """Or where nobody knows by which job it was; with a stand-in that makes the job's last word."""
     Path("probes.json").touch()
