@@ -1,5 +1,5 @@
 """What treated.py found, as the tables of results/README.md, "Whitened teachers, at the paper's
-size", and as a picture.
+size" and "Both sides whitened", and as a picture.
 
     python -m results.cpu.treated_tables figures/whitened.png
 """
@@ -26,6 +26,14 @@ PROBES = {"linear (paper)": ("linear_paper_mean", ""),
           "linear (paper), whitened": ("linear_paper_mean", ", whitened")}
 
 
+STUDENTS = {  # (network, distilled in small or at the paper's size): run; all of seed 0
+    ("vgg11", "small"): "runs/early-vgg11", ("resnet18", "small"): "runs/early-peak",
+    ("vgg11", "full"): "runs/ten-vgg11-lr3e-4/best.pt",
+    ("resnet18", "full"): "runs/ten-resnet18/best.pt",
+    ("resnet56", "full"): "runs/resnet56-ten-epochs/best.pt"}
+TREATMENTS = "", ", standardised", ", whitened"
+
+
 def values(arch, key, treatment=""):
     """The number `key` of that random teacher for seeds 0, 1, ..., as many as there are."""
     names = (f"teacher {arch} seed {seed}{treatment}" for seed in count())
@@ -38,6 +46,12 @@ def shares(arch):
     teacher, student = PAPER[f"{arch}, teacher"], PAPER[f"{arch}, student"]
     return [(luckiest - teacher) / (student - teacher)
             for luckiest in values(arch, "linear_paper_max", ", whitened")]
+
+
+def pairs(arch, run, treatment):
+    """(teacher's, student's) number by the three probes and of directions, treated alike."""
+    return [[FOUND[f"{of}{treatment}"][key] for of in (f"teacher {arch} seed 0", f"student {run}")]
+            for key in ("linear_paper_mean", "linear_converged", "knn", "directions")]
 
 
 def correlation(spread, probe):
@@ -64,7 +78,7 @@ def tables():
         [[arch, "{:.2f} → {:.2f}".format(*(PAPER[f"{arch}, {role}"] for role in (
              "teacher", "student"))),
           *(listed(values(arch, "linear_paper_mean", treatment))
-            for treatment in ("", ", standardised", ", whitened")),
+            for treatment in TREATMENTS),
           listed(shares(arch), "{:.0%}")] for arch in ARCHS])
     yield table(
         ["", "converged: as is", "whitened", "k-NN: as is", "standardised", "c", "R"],
@@ -84,6 +98,15 @@ def tables():
         ["seed 0: linear (paper); k-NN", *ridges],
         [[arch, *(f"{row['linear_paper_mean']:.2f}; {row['knn']:.2f}" for row in rows)]
          for arch, *rows in by_ridge])
+    for size in ("small", "full"):
+        yield table(
+            ["teacher → student", *[*PROBES][:3], "R"],
+            [[f"{arch}{treatment or ', as it is'}",
+              *(f"{teacher:.2f} → {student:.2f} ({student - teacher:+.2f})".replace("-", "−")
+                for teacher, student in pairs(arch, run, treatment)[:3]),
+              "{:.1f} → {:.1f}".format(*pairs(arch, run, treatment)[3])]
+             for (arch, of), run in STUDENTS.items() if of == size and f"student {run}" in FOUND
+             for treatment in TREATMENTS])
 
 
 def draw(path):
@@ -101,6 +124,10 @@ def draw(path):
         points = [(number, row) for row, arch in enumerate(ARCHS)
                   for number in values(arch, "linear_paper_max", treatment)]
         axis.plot(*zip(*points), style, label=label)
+    points = [(FOUND[f"student {run}, whitened"]["linear_paper_max"], ARCHS.index(arch))
+              for (arch, size), run in STUDENTS.items()
+              if size == "full" and f"student {run}" in FOUND]
+    axis.plot(*zip(*points), "C1s", label="our student's after 7.5 epochs, whitened")
     names = [arch.replace("vgg", "VGG").replace("resnet", "ResNet") for arch in ARCHS]
     axis.set(yticks=range(len(ARCHS)), yticklabels=names,
              xlabel="linear (paper), %, the luckiest draw")
