@@ -131,7 +131,7 @@ def embed(encoder, images, amp="off"):
     """(B, 3, s, s) normalised images -> (B, r) float32 embeddings.
 
     Only the encoder may run in 16 bits; projector and logits stay in float32. In a random network
-    logits are about 1/16 (see Network): bfloat16 would round them to steps of 5e-4, too coarse for
+    logits are about 1/16 (see Network): bfloat16 would round them to steps of 5e-4, coarse beside
     the few 1e-3 by which student and teacher come to differ.
     """
     with autocast(images.device, amp):
