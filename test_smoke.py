@@ -1484,4 +1484,5 @@ def test_the_committed_report_and_pictures_come_from_the_committed_logs(here):
     assert page == (logs / "REPORT.md").read_text()
     for file in ("cpu/plane.npz", "cpu/connect-seed0.npz"):
         do(f"landscape plot {logs}/{file} --figure f.png")
+    figures.pyplot.close("all")  # of more than twenty it would warn
     prune.main(["plot", *map(str, logs.glob("cpu/tickets/*-seed?")), "--figure", "tickets.png"])
