@@ -549,7 +549,7 @@ def npz_data(path):
     try:
         with np.load(path) as file:
             *arrays, classes = (array.astype(array.dtype.type, copy=False)  # native bytes
-                                for array in map(file.get, Data._fields))
+                                for array in map(file.__getitem__, Data._fields))
         for x, y in (arrays[:2], arrays[2:]):
             n, size = x.shape[:2]
             # bincount wants whole numbers from 0 on
