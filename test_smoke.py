@@ -557,7 +557,9 @@ def test_resume_is_bit_identical_and_run_json_tells_what_was_done(here, monkeypa
     options = "--n-samples 30 --log-every 1 --seed 3 --init-eps inf --steps"
     whole = run(f"{options} 4")
     first = run(f"{options} 3", "b")["config"]["provenance"]
-    monkeypatch.setenv("PATH", "")  # goes on where there is no git,
+    monkeypatch.setenv("PATH", "")  # goes on where there is no git, in a folder that needs quotes,
+    Path("it's").mkdir()
+    monkeypatch.setattr(distill, "__file__", "it's/distill.py")
     monkeypatch.setattr(distill, "CPUINFO", "amx_bf16")  # on another processor
     resumed = run(f"{options} 4 --resume", "b")
     assert same(whole["student"], resumed["student"])
@@ -631,6 +633,7 @@ distill --steps 2 --log-every 1 --init-eps inf: save 7
 {PRUNE} --rewind-epoch 1: save 5
 {PRUNE} --rewind-epoch 1: save 9
 {PRUNE} --rewind-epoch 1: apply_mask 18
+{PLANE} near far: set_parameters 1
 {PLANE} near far: set_parameters 11
 {CONNECT}: save 2
 {CONNECT}: error_along_line 2"""))
@@ -644,7 +647,7 @@ def test_what_is_killed_goes_on_to_the_same_numbers(here, words, killed_at, monk
         patch.setattr(module, function, kill)
         do(f"{words} --out a.npz")
     if "plane" in words:
-        problem("landscape plot a.npz", "9 of 12 points", "--resume")
+        problem("landscape plot a.npz", f"{(int(n) - 1) // 3 * 3} of 12 points", "--resume")
     monkeypatch.setattr(distill, "CPUINFO", "")  # on another processor
     do(f"{words} --out a.npz --resume")
     torch.testing.assert_close(left("a.npz"), left("whole.npz"), rtol=0, atol=0, equal_nan=True)

@@ -24,8 +24,6 @@ ARCHS = ("vgg11", "vgg13", "vgg16", "vgg19", "resnet18", "resnet34", "resnet50",
 PROBES = {"linear (paper)": ("linear_paper_mean", ""),
           "linear (converged)": ("linear_converged", ""), "k-NN": ("knn", ""),
           "linear (paper), whitened": ("linear_paper_mean", ", whitened")}
-
-
 STUDENTS = {  # (network, distilled in small or at the paper's size): run; all of seed 0
     ("vgg11", "small"): "runs/early-vgg11", ("resnet18", "small"): "runs/early-peak",
     ("vgg11", "full"): "runs/ten-vgg11-lr3e-4/best.pt",
@@ -105,8 +103,7 @@ def tables():
               *(f"{teacher:.2f} → {student:.2f} ({student - teacher:+.2f})".replace("-", "−")
                 for teacher, student in pairs(arch, run, treatment)[:3]),
               "{:.1f} → {:.1f}".format(*pairs(arch, run, treatment)[3])]
-             for (arch, of), run in STUDENTS.items() if of == size and f"student {run}" in FOUND
-             for treatment in TREATMENTS])
+             for (arch, of), run in STUDENTS.items() if of == size for treatment in TREATMENTS])
 
 
 def draw(path):
@@ -125,8 +122,7 @@ def draw(path):
                   for number in values(arch, "linear_paper_max", treatment)]
         axis.plot(*zip(*points), style, label=label)
     points = [(FOUND[f"student {run}, whitened"]["linear_paper_max"], ARCHS.index(arch))
-              for (arch, size), run in STUDENTS.items()
-              if size == "full" and f"student {run}" in FOUND]
+              for (arch, size), run in STUDENTS.items() if size == "full"]
     axis.plot(*zip(*points), "C1s", label="our student's after 7.5 epochs, whitened")
     names = [arch.replace("vgg", "VGG").replace("resnet", "ResNet") for arch in ARCHS]
     axis.set(yticks=range(len(ARCHS)), yticklabels=names,
